@@ -1,0 +1,542 @@
+"""Data sets as uint8 tensors, and their batches, augmentation and scaling on the device.
+
+A data set is small enough to live on the device as uint8; a batch is one indexing operation there,
+and only the batch becomes floating point. There are no worker processes and no transforms.
+
+Where a set comes from, in this order: ``digits`` is embedded in scikit-learn; ``NAME.npz`` under
+the root; torchvision's own layout under the root; a download into that layout. The root is the
+argument ``root``, else the environment variable ``BNNBOOK_DATA``, else ``~/.cache/bnnbook``.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Our name -> the name of torchvision's class.
+TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+}
+NAMES = ("digits", *TORCHVISION)
+DIGITS = tuple("0123456789")
+NPZ_LAYOUT = (
+    "x_train, y_train, x_test, y_test and, optionally, classes; "
+    "uint8 images (N, H, W) or (N, H, W, C) with C = 1 or 3, integer labels (N,) or (N, 1)"
+)
+
+
+class DataError(RuntimeError):
+    """A data set is absent and cannot be downloaded, or one of its files is damaged."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Images and labels of one data set, all on one device.
+
+    Images are uint8 of shape (N, C, H, W), labels int64 of shape (N,) and smaller than the number
+    of ``classes``. ``sha256`` identifies what was loaded (see ``fingerprint``); moving the set to
+    a device or holding out a part of it leaves it as it was. A wrong shape, dtype, length or label
+    raises a ValueError that names the field.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    name: str = "unnamed"
+    sha256: str = ""
+    validation_images: Tensor | None = None
+    validation_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(str(c) for c in self.classes))
+        if not self.classes:
+            raise ValueError("classes is empty: name at least one class")
+        if (self.validation_images is None) != (self.validation_labels is None):
+            raise ValueError("give validation_images and validation_labels together, or neither")
+        for part in ("train", "test", "validation"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if part != "validation" or images is not None:
+                _check_images(f"{part}_images", images, self.train_images)
+                _check_labels(part, images, labels, len(self.classes))
+        if not self.sha256:
+            object.__setattr__(self, "sha256", fingerprint(self))
+
+    def __repr__(self) -> str:
+        held = "" if self.validation_images is None else f" + {len(self.validation_images)} valid."
+        shape = "×".join(str(n) for n in self.train_images.shape[1:])
+        return (
+            f"Dataset({self.name!r}: {len(self.train_images)} train{held} + "
+            f"{len(self.test_images)} test, {shape}, {len(self.classes)} classes, "
+            f"{self.train_images.device})"
+        )
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """Return the same data set with all tensors on ``device``."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: t.to(device) for k, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
+
+    def hold_out(self, n: int, seed: int | None = None) -> "Dataset":
+        """Return a data set whose last ``n`` training images became the validation set.
+
+        With a ``seed`` the training images are shuffled first; a set that is ordered by class
+        needs that, because its last images are all of the last classes.
+
+        >>> load("digits").hold_out(300)
+        Dataset('digits': 1000 train + 300 valid. + 497 test, 1×8×8, 10 classes, cpu)
+        """
+        total, labels = len(self.train_images), self.train_labels
+        if self.validation_images is not None:
+            raise ValueError("this data set already has a validation set")
+        if not 1 <= n < total:
+            raise ValueError(f"hold_out(n={n}): n must lie between 1 and {total - 1}")
+        if seed is None:
+            if labels[0] != labels[-1] and bool((labels[1:] >= labels[:-1]).all()):
+                raise ValueError(
+                    "the training images are ordered by class, so the last ones would hold only "
+                    "the last classes: hold_out(n, seed=0) draws them at random"
+                )
+            train, held = slice(0, total - n), slice(total - n, total)
+        else:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+            train, held = order.to(labels.device).split([total - n, n])
+        return replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=labels[train],
+            validation_images=self.train_images[held],
+            validation_labels=labels[held],
+        )
+
+
+def _check_images(field: str, images: Tensor, like: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"{field} must be a uint8 tensor (N, C, H, W), not {_kind(images)}")
+    if 0 in images.shape:
+        raise ValueError(f"{field} is empty: {tuple(images.shape)}")
+    if images.shape[1:] != like.shape[1:]:
+        shapes = f"{tuple(images.shape[1:])}, not {tuple(like.shape[1:])}"
+        raise ValueError(f"{field} and train_images differ in shape: {shapes}")
+
+
+def _check_labels(part: str, images: Tensor, labels: Tensor, classes: int) -> None:
+    field = f"{part}_labels"
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+        raise ValueError(f"{field} must be an int64 tensor (N,), not {_kind(labels)}")
+    if len(labels) != len(images):
+        raise ValueError(f"{field} has {len(labels)} entries for {len(images)} {part}_images")
+    if labels.device != images.device:
+        raise ValueError(f"{field} is on {labels.device}, {part}_images on {images.device}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{field} holds labels {low} to {high}; {classes} classes allow 0 to {classes - 1}"
+        )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{value.dtype} {tuple(value.shape)} ({type(value).__name__})"
+    return type(value).__name__
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return the SHA-256 of the data set's four arrays, as hexadecimal digits.
+
+    Hashed in this order: train_images, train_labels, test_images, test_labels; of each array the
+    line ``name dtype shape`` and then its bytes (C order, labels as little-endian int64). It does
+    not depend on the file format that the arrays came from.
+    """
+    digest = hashlib.sha256()
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        array = getattr(dataset, name).cpu().numpy()
+        array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def load(name: str, root: str | os.PathLike | None = None) -> Dataset:
+    """Load a data set by name: digits, mnist, fashion-mnist, cifar10, cifar100, svhn or your own.
+
+    ``digits`` is always the embedded one: 1797 images of 8×8, its values 0 to 16 scaled to 0 to
+    255, 1300 for training and 497 for testing (a fixed permutation). The others are looked for
+    under ``root`` (else ``BNNBOOK_DATA``, else ``~/.cache/bnnbook``) as NAME.npz in Keras's layout
+    (x_train, y_train, x_test, y_test), then in torchvision's own layout, and are downloaded there
+    when absent. A download is made in a temporary folder and moved into place when its checksum
+    is right, so that no part of an interrupted one is ever taken for the whole.
+
+    Raises ValueError for an unknown name, and DataError when the set cannot be downloaded or when
+    a file is damaged; damaged files are named and left as they are.
+
+    >>> digits = load("digits")
+    >>> digits
+    Dataset('digits': 1300 train + 497 test, 1×8×8, 10 classes, cpu)
+    >>> digits.train_images.dtype, int(digits.train_images.max())
+    (torch.uint8, 255)
+    """
+    name, folder = name.removesuffix(".npz"), root_folder(root)
+    if name == "digits":
+        return _digits()
+    if Path(name).name == name and (folder / f"{name}.npz").is_file():
+        return _read_npz(name, folder / f"{name}.npz")
+    if name in TORCHVISION:
+        return _read_torchvision(name, folder)
+    own = ", ".join(found(folder)) or "none"
+    raise ValueError(
+        f"unknown data set {name!r}; known: {', '.join(NAMES)}; "
+        f"NAME.npz files under {folder}: {own}"
+    )
+
+
+def root_folder(root: str | os.PathLike | None = None) -> Path:
+    """Return the folder of the data sets: ``root``, else BNNBOOK_DATA, else ~/.cache/bnnbook."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root or os.environ.get("BNNBOOK_DATA") or Path(cache) / "bnnbook").expanduser()
+
+
+def found(root: str | os.PathLike | None = None) -> list[str]:
+    """Return the names of the NAME.npz files under the root."""
+    return sorted(path.stem for path in root_folder(root).glob("*.npz"))
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = np.rint(raw.images * 255 / 16).astype(np.uint8)
+    # RandomState, because NumPy promises that its stream never changes.
+    order = np.random.RandomState(0).permutation(len(images))
+    train, test = order[:1300], order[1300:]
+    arrays = images[train], raw.target[train], images[test], raw.target[test]
+    return _dataset("digits", *arrays, DIGITS)
+
+
+def _dataset(name, x_train, y_train, x_test, y_test, classes) -> Dataset:
+    """Build a Dataset from arrays in Keras's layout: (N, H, W) or (N, H, W, C)."""
+    tensors = []
+    for images, labels in ((x_train, y_train), (x_test, y_test)):
+        images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+        tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
+        tensors.append(torch.from_numpy(labels.astype(np.int64).reshape(-1)))
+    return Dataset(*tensors, tuple(classes), name=name)
+
+
+# --- NAME.npz ----------------------------------------------------------------------------------
+
+
+def _read_npz(name: str, path: Path) -> Dataset:
+    """Read one NAME.npz; anything wrong with it becomes a DataError that names the file."""
+    try:
+        arrays = _npz_arrays(path)
+        classes = arrays.pop("classes", None)
+        if classes is None:
+            top = max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
+            classes = np.arange(top + 1)
+        classes = [c.decode() if isinstance(c, bytes) else str(c) for c in classes.reshape(-1)]
+        return _dataset(name, **arrays, classes=classes)
+    except DataError:
+        raise
+    # A damaged archive can fail anywhere in zipfile, zlib or NumPy's parser.
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be used: {type(error).__name__}: {error}. It was left as it is; "
+            f"a {name}.npz holds {NPZ_LAYOUT}."
+        ) from error
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    # NumPy leaves a file that it opened itself open when the archive is damaged.
+    with path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("this is a single .npy array, not an .npz archive")
+        wanted = ("x_train", "y_train", "x_test", "y_test")
+        missing = [key for key in wanted if key not in archive.files]
+        if missing:
+            raise ValueError(
+                f"no array {', '.join(missing)} (it holds {', '.join(archive.files)})"
+            )
+        arrays = {key: archive[key] for key in (*wanted, "classes") if key in archive.files}
+    for part in ("train", "test"):
+        _check_npz_part(part, arrays[f"x_{part}"], arrays[f"y_{part}"])
+    return arrays
+
+
+def _check_npz_part(part: str, x: np.ndarray, y: np.ndarray) -> None:
+    if x.dtype != np.uint8:
+        raise ValueError(f"x_{part} is {x.dtype}, must be uint8 with values 0 to 255")
+    if x.ndim != 3 and not (x.ndim == 4 and x.shape[3] in (1, 3)):
+        raise ValueError(f"x_{part} has shape {x.shape}, must be (N, H, W) or (N, H, W, 1 or 3)")
+    if y.dtype.kind not in "iu":
+        raise ValueError(f"y_{part} is {y.dtype}, must be integers")
+    if y.ndim != 1 and not (y.ndim == 2 and y.shape[1] == 1):
+        raise ValueError(f"y_{part} has shape {y.shape}, must be (N,) or (N, 1)")
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"x_{part} has {len(x)} images for {len(y)} labels in y_{part}")
+
+
+# --- torchvision -------------------------------------------------------------------------------
+
+
+def _read_torchvision(name: str, root: Path) -> Dataset:
+    """Read a set in torchvision's layout under ``root``, downloading what is missing there."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, TORCHVISION[name])
+    files, _ = _layout(kind, root)
+    if not all(path.is_file() for path in files):
+        _fetch(name, kind, root)
+    try:
+        if name == "svhn":
+            train, test = (kind(root, split=split) for split in ("train", "test"))
+            arrays = _hwc(train.data), train.labels, _hwc(test.data), test.labels
+            return _dataset(name, *arrays, DIGITS)
+        train, test = (kind(root, train=flag) for flag in (True, False))
+        parts = [np.asarray(a) for s in (train, test) for a in (s.data, s.targets)]
+        return _dataset(name, *parts, DIGITS if name == "mnist" else train.classes)
+    # A damaged file can fail anywhere in torchvision's readers, with an assert among others.
+    except Exception as error:
+        bad = ", ".join(str(path) for path in _damaged(name, files)) or str(root)
+        raise DataError(
+            f"{name}: damaged file: {bad} ({type(error).__name__}: {error}). "
+            f"It was left as it is; move it away to have {name} downloaded again."
+        ) from error
+
+
+def _hwc(images: np.ndarray) -> np.ndarray:
+    return images.transpose(0, 2, 3, 1)
+
+
+def _layout(kind, root: Path) -> tuple[dict[Path, str | None], list[Path]]:
+    """Return the files that torchvision reads (with their MD5, where known) and their archives."""
+    if hasattr(kind, "resources"):  # MNIST and Fashion-MNIST
+        archives = [root / kind.__name__ / "raw" / name for name, _ in kind.resources]
+        return {path.with_suffix(""): None for path in archives}, archives
+    if hasattr(kind, "split_list"):  # SVHN
+        splits = (kind.split_list[split] for split in ("train", "test"))
+        return {root / name: md5 for _, name, md5 in splits}, []
+    listed = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    files = {root / kind.base_folder / name: md5 for name, md5 in listed}
+    return files, [root / kind.filename]
+
+
+def _damaged(name: str, files: dict[Path, str | None]) -> list[Path]:
+    """Return those of torchvision's files that it would refuse."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+    from torchvision.datasets.utils import check_integrity
+
+    bad = []
+    for path, md5 in files.items():
+        try:
+            if "idx3" in path.name:
+                read_image_file(str(path))
+            elif "idx1" in path.name:
+                read_label_file(str(path))
+            elif not check_integrity(path, md5):
+                bad.append(path)
+        except Exception:
+            bad.append(path)
+    return bad
+
+
+def _fetch(name: str, kind, root: Path) -> None:
+    """Download and unpack a set in a temporary folder under ``root``, then move its files there.
+
+    Archives that already lie in the layout are used instead of a download; files that are already
+    in place stay as they are.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+            fresh = Path(temporary)
+            for ours, theirs in zip(_layout(kind, root)[1], _layout(kind, fresh)[1], strict=True):
+                if ours.is_file():
+                    theirs.parent.mkdir(parents=True, exist_ok=True)
+                    theirs.symlink_to(ours.resolve())
+            _download(kind, fresh)
+            for source, target in zip(
+                _layout(kind, fresh)[0], _layout(kind, root)[0], strict=True
+            ):
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    source.replace(target)
+    except (OSError, RuntimeError, HTTPException, EOFError) as error:
+        raise DataError(_where_to_put(name, kind, root, error)) from error
+
+
+def _download(kind, root: Path) -> None:
+    """Let torchvision download, check (MD5) and unpack a set, with its progress bar."""
+    if hasattr(kind, "split_list"):
+        for split in ("train", "test"):
+            kind(root, split=split, download=True)
+    else:
+        kind(root, download=True)
+
+
+def _where_to_put(name: str, kind, root: Path, error: Exception) -> str:
+    files, archives = _layout(kind, root)
+    wanted = ", ".join(str(path.relative_to(root)) for path in archives or files)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{name} is not under {root} and could not be downloaded ({reason}). "
+        f"Put it there either as {name}.npz ({NPZ_LAYOUT}) or in torchvision's layout ({wanted}); "
+        f"or name the folder that holds it: the environment variable BNNBOOK_DATA, or root=."
+    )
+
+
+# --- On the device -----------------------------------------------------------------------------
+
+
+def batches(
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate once over (images, labels) in batches, indexed where the tensors are.
+
+    With a ``generator``, which must be a CPU one, the order is one permutation drawn from it, the
+    same on every device; without, the order is that of the tensors. ``drop_last`` leaves out a
+    last batch that is not full.
+
+    >>> x, y = torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5)
+    >>> [b.tolist() for _, b in batches(x, y, 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images for {len(labels)} labels")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if drop_last and batch_size > len(images):
+        raise ValueError(f"batch_size {batch_size} > {len(images)} images: no full batch is left")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError("generator must be a CPU generator, so that all devices see one order")
+    return _batches(images, labels, batch_size, generator, drop_last)
+
+
+def _batches(images, labels, batch_size, generator, drop_last):
+    n = len(images)
+    stop = n - n % batch_size if drop_last else n
+    if generator is None:
+        for start in range(0, stop, batch_size):
+            end = min(start + batch_size, stop)
+            yield images[start:end], labels[start:end]
+    else:
+        order = torch.randperm(n, generator=generator).to(images.device)
+        for index in order[:stop].split(batch_size):
+            yield images[index], labels[index]
+
+
+def crop(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Pad with zeros, then cut from each image the window at its (top, left), mirrored on a flip.
+
+    ``images`` is (N, C, H, W), and so is the result; the others are (N,). Offsets count from 0 to
+    2·``padding``; both at ``padding`` give the image itself.
+    """
+    n, c, h, w = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    rows = tops[:, None] + torch.arange(h, device=images.device)
+    columns = lefts[:, None] + torch.arange(w, device=images.device)
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    image = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(c, device=images.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def crop_flip(padding: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]:
+    """Return an augmentation: a random crop after zero padding, mirrored with probability 1/2.
+
+    It acts on a whole batch on its device and draws from that device's global generator.
+    """
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, not {padding}")
+
+    def augment(images: Tensor) -> Tensor:
+        n, device = len(images), images.device
+        tops, lefts = torch.randint(2 * padding + 1, (2, n), device=device)
+        flips = (torch.rand(n, device=device) < 0.5) & flip
+        return crop(images, tops, lefts, flips, padding)
+
+    return augment
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Scale uint8 images to float32 in [0, 1].
+
+    >>> unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([0.0000, 0.2000, 1.0000])
+    """
+    return images.to(torch.float32) / 255
+
+
+def signed_range(images: Tensor) -> Tensor:
+    """Scale uint8 images to float32 in [-1, 1].
+
+    >>> signed_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([-1.0000, -0.6000,  1.0000])
+    """
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def subtract_mean_image(dataset: Dataset) -> Callable[[Tensor], Tensor]:
+    """Return x -> x/255 − m, where m is the mean training image, pixel by pixel, in [0, 1]."""
+    total = sum(part.sum(0, dtype=torch.int64) for part in _chunks(dataset.train_images))
+    mean = (total.cpu().double() / (255 * len(dataset.train_images))).float()
+
+    def preprocess(images: Tensor) -> Tensor:
+        nonlocal mean
+        mean = mean.to(images.device)  # copies only when the batches come from another device
+        return unit_range(images) - mean
+
+    return preprocess
+
+
+def standardize(dataset: Dataset) -> Callable[[Tensor], Tensor]:
+    """Return x -> (x/255 − m)/s with the mean and standard deviation of each training channel.
+
+    Sums are of integers, so that the constants do not depend on device or thread count. A channel
+    that is constant over the training set raises a ValueError.
+    """
+    mean, std = (t.float()[:, None, None] for t in channel_statistics(dataset.train_images))
+    if not bool((std > 0).all()):
+        raise ValueError(f"channel {int(std.argmin())} is constant: it cannot be standardized")
+
+    def preprocess(images: Tensor) -> Tensor:
+        nonlocal mean, std
+        mean, std = mean.to(images.device), std.to(images.device)
+        return (unit_range(images) - mean) / std
+
+    return preprocess
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and (population) standard deviation of each channel, of images in [0, 1]."""
+    count = images.numel() // images.shape[1]
+    total = square = 0
+    for part in _chunks(images):
+        part = part.transpose(0, 1).flatten(1).to(torch.int64)
+        total, square = total + part.sum(1), square + (part * part).sum(1)
+    mean = total.cpu().double() / count
+    variance = (square.cpu().double() / count - mean * mean).clamp_min(0)
+    return mean / 255, variance.sqrt() / 255
+
+
+def _chunks(images: Tensor) -> tuple[Tensor, ...]:
+    # Statistics need wider numbers than uint8: a thousand images at a time, never all at once.
+    return images.split(1000)

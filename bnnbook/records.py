@@ -1,0 +1,412 @@
+"""A finished run as a small JSON file with its provenance.
+
+A record lies at ``root/EXPERIMENT/VARIANT-seedK.json`` when the run was at full scale, and at
+``root/EXPERIMENT/small/VARIANT-seedK.json`` when it was at small scale. The root is the argument
+``root``, else the environment variable ``BNNBOOK_RESULTS``, else the package's own ``results``.
+"""
+
+import base64
+import binascii
+import functools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+SCALES = ("small", "full")
+PACKAGE = Path(__file__).resolve().parent
+DTYPES = {"uint8": "|u1", "float32": "<f4"}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+RUN_KEYS = ["experiment", "variant", "seed", "scale"]
+RUN_COLUMNS = [*RUN_KEYS, "shortened", "dataset", "device", "seconds", "commit"]
+
+
+class RecordError(RuntimeError):
+    """A record cannot be written, or its file is damaged."""
+
+
+@dataclass(kw_only=True)
+class Record:
+    """One run: what was run, on what, and what came out.
+
+    ``recipe`` holds every hyperparameter; ``shortened`` says in words how the run departs from the
+    paper's recipe, or is None. ``history`` has one dict an epoch, ``metrics`` the final numbers,
+    ``arrays`` what ``encode_array`` made of small arrays; ``environment`` is what
+    ``environment()`` returns. ``seconds`` is wall time and ``started`` a UTC time in ISO 8601.
+    Values are plain JSON values; a number that is not finite is refused when the record is saved.
+    """
+
+    format: int = FORMAT
+    experiment: str
+    variant: str
+    seed: int
+    scale: str
+    shortened: str | None = None
+    dataset: str
+    dataset_sha256: str
+    seconds: float | None = None
+    started: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+# --- Where, and by what ------------------------------------------------------------------------
+
+
+def results_folder(root: str | os.PathLike | None = None) -> Path:
+    """Return the folder of the records: ``root``, else BNNBOOK_RESULTS, else the package's own."""
+    return Path(root or os.environ.get("BNNBOOK_RESULTS") or PACKAGE / "results").expanduser()
+
+
+def experiments(root: str | os.PathLike | None = None) -> list[str]:
+    """Return the names of the experiments that have a folder of records."""
+    folder = results_folder(root)
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def record_path(experiment: str, variant: str, seed: int, scale: str = "full", root=None) -> Path:
+    """Return where the record of a run lies, whether it exists or not."""
+    for what, name in (("experiment", experiment), ("variant", variant)):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"{what} {name!r}: use letters, digits and . _ + = - only")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    folder = results_folder(root) / experiment
+    return (folder / "small" if scale == "small" else folder) / f"{variant}-seed{int(seed)}.json"
+
+
+def find(experiment: str, variant: str, seed: int, root=None, scale: str = "full") -> Path | None:
+    """Return the file of a run's record, or None when there is none."""
+    path = record_path(experiment, variant, seed, scale, root)
+    return path if path.is_file() else None
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Return the processor's name, e.g. "AMD EPYC 7763 64-Core Processor"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.processor() or platform.machine()
+
+
+def device_name(device=None) -> str:
+    """Return a device's name; by default that of the GPU if this process used one, else the CPU.
+
+    A plain ``"cpu"`` gives the processor's model.
+    """
+    torch = sys.modules.get("torch")
+    if device is None:
+        device = "cuda" if torch is not None and torch.cuda.is_initialized() else "cpu"
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return cpu_model() if str(device).startswith("cpu") else str(device)
+
+
+def environment(device=None) -> dict[str, Any]:
+    """Return what a number may depend on: device, threads, versions, and the library's commit.
+
+    ``dirty`` tells whether the library's files, its records apart, differ from that commit; both
+    are None when the library does not lie in its own git checkout.
+    """
+    import numpy
+    import torch
+
+    from . import __version__
+
+    commit, dirty = git_state()
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "bnnbook": __version__,
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout that the library lies in, and whether it was changed."""
+    # An installed copy may lie in another project's checkout: it counts only if git tracks it.
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)results")
+    return commit, None if changed is None else bool(changed)
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(PACKAGE), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# --- Arrays ------------------------------------------------------------------------------------
+
+
+def encode_array(array) -> dict[str, Any]:
+    """Return a small uint8 or float32 array (or tensor) as a JSON value.
+
+    >>> import numpy as np
+    >>> encode_array(np.array([[1, 2, 255]], dtype=np.uint8))
+    {'shape': [1, 3], 'dtype': 'uint8', 'base64': 'AQL/'}
+    """
+    import numpy as np
+
+    array = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
+    if array.dtype.name not in DTYPES:
+        raise ValueError(f"array of {array.dtype}: convert it to {' or '.join(DTYPES)} first")
+    if not np.isfinite(array).all():
+        raise ValueError("the array holds values that are not finite")
+    data = array.astype(DTYPES[array.dtype.name]).tobytes()
+    shape, text = list(array.shape), base64.b64encode(data).decode()
+    return {"shape": shape, "dtype": array.dtype.name, "base64": text}
+
+
+def decode_array(value: dict[str, Any]):
+    """Return the NumPy array that ``encode_array`` encoded; ValueError when it is malformed."""
+    import numpy as np
+
+    try:
+        data = base64.b64decode(value["base64"], validate=True)
+        array = np.frombuffer(data, DTYPES[value["dtype"]]).reshape(value["shape"])
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise ValueError(f"malformed array: {type(error).__name__}: {error}") from error
+    return array.astype(value["dtype"])  # native byte order, and writable
+
+
+# --- Write -------------------------------------------------------------------------------------
+
+
+def save(
+    record: Record, root: str | os.PathLike | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write a record atomically and return its path.
+
+    An empty ``environment`` is filled in. Numbers of the history are rounded to 6 significant
+    digits. Raises ValueError, naming the key, for a value that is not finite or not JSON, and
+    RecordError when the record exists (unless ``overwrite``) or the folder cannot be written.
+    """
+    path = record_path(record.experiment, record.variant, record.seed, record.scale, root)
+    if not record.environment:
+        record.environment = environment(record.recipe.get("device"))
+    text = _dumps(record)
+    if path.exists() and not overwrite:
+        raise RecordError(f"{path} exists: pass overwrite=True to replace it")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error}; name another folder by root= or BNNBOOK_RESULTS"
+        ) from error
+    return path
+
+
+def _dumps(record: Record) -> str:
+    """Return the record as JSON: dicts one key a line, the history one column a line."""
+    lines = []
+    for key in (f.name for f in fields(Record)):
+        value = getattr(record, key)
+        value = _columns(value) if key == "history" else _plain(value, key)
+        if isinstance(value, dict) and value:
+            names = value if key == "history" else sorted(value)
+            rows = ",\n".join(f"  {json.dumps(k)}: {_compact(value[k])}" for k in names)
+            lines.append(f'"{key}": {{\n{rows}\n}}')
+        else:
+            lines.append(f'"{key}": {_compact(value)}')
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    _parse(text)  # what cannot be read back is never written
+    return text
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def _plain(value: Any, key: str) -> Any:
+    """Return ``value`` as plain JSON values; ``key`` is its name in an error."""
+    if isinstance(value, dict):
+        bad = [k for k in value if not isinstance(k, str)]
+        if bad:
+            raise ValueError(f"{key}: the key {bad[0]!r} is not a string")
+        return {k: _plain(v, f"{key}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if not isinstance(value, (str, bool, int, float, type(None))):
+        if getattr(value, "ndim", None) != 0:
+            raise ValueError(f"{key}: a {type(value).__name__} is not a JSON value")
+        value = value.item()  # a NumPy or torch scalar
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{key} is {value}: a record holds finite numbers only")
+        return float(value)
+    return value
+
+
+def _columns(history: list[dict[str, Any]]) -> dict[str, list]:
+    """Turn rows into columns, which are a third of the size; a value that is absent is null."""
+    rows = [_plain(row, f"history[{i}]") for i, row in enumerate(history)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [_six_digits(row.get(name)) for row in rows] for name in names}
+
+
+def _six_digits(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+# --- Read --------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike) -> Record:
+    """Read one record; a damaged file is moved aside to NAME.json.corrupt, with a RecordError."""
+    path = Path(path)
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise RecordError(f"{path} is damaged: {error}; {_move_aside(path)}") from error
+
+
+def _move_aside(path: Path) -> str:
+    aside, n = path.with_name(f"{path.name}.corrupt"), 1
+    while aside.exists():
+        n += 1
+        aside = path.with_name(f"{path.name}.corrupt-{n}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        return f"it could not be moved to {aside} ({error})"
+    return f"moved aside to {aside}"
+
+
+def _parse(text: str) -> Record:
+    """Return the record in ``text``; ValueError says what is wrong with it."""
+    value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    if value.get("format") != FORMAT:
+        raise ValueError(f"its format is {value.get('format')!r}, this version reads {FORMAT}")
+    names = [f.name for f in fields(Record)]
+    for what, wrong in (("misses", set(names) - set(value)), ("has", set(value) - set(names))):
+        if wrong:
+            raise ValueError(f"it {what} the {'un' * (what == 'has')}known keys {sorted(wrong)}")
+    for name in names:
+        _check_type(name, value[name])
+    record_path(value["experiment"], value["variant"], value["seed"], value["scale"])
+    return Record(**value | {"history": _rows(value["history"])})
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds the number {text}")
+    return value
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is of the type that the record's key ``name`` has."""
+    types = {
+        "format": int, "seed": int, "seconds": (int, float, type(None)),
+        "shortened": (str, type(None)), "started": (str, type(None)),
+        **dict.fromkeys(["experiment", "variant", "scale", "dataset", "dataset_sha256"], str),
+        **dict.fromkeys(["environment", "recipe", "metrics", "history", "arrays"], dict),
+    }  # fmt: skip
+    if isinstance(value, bool) or not isinstance(value, types[name]):
+        raise ValueError(f"{name} is of type {type(value).__name__}")
+    if name == "metrics":
+        for key, number in value.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise ValueError(f"metrics.{key} is not a number: {number!r}")
+    if name == "arrays":
+        for array in value.values():
+            decode_array(array)
+
+
+def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
+    if not all(isinstance(column, list) for column in columns.values()):
+        raise ValueError("a column of the history is not a list")
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError("the columns of the history differ in length")
+    rows = zip(*columns.values(), strict=True)
+    return [{k: v for k, v in zip(columns, row, strict=True) if v is not None} for row in rows]
+
+
+def read_all(experiment: str | None = None, root=None) -> Iterator[Record]:
+    """Yield all records, or those of one experiment, by experiment, scale, variant and seed."""
+    known = experiments(root)
+    if experiment is not None and experiment not in known:
+        listed = ", ".join(known) or "none"
+        raise ValueError(
+            f"no records of experiment {experiment!r} under {results_folder(root)}; "
+            f"known: {listed}"
+        )
+    for name in known if experiment is None else [experiment]:
+        folder = results_folder(root) / name
+        found = [
+            read(path) for where in (folder, folder / "small") for path in where.glob("*.json")
+        ]
+        yield from sorted(found, key=lambda r: (r.scale, r.variant, r.seed))
+
+
+def load(experiment: str | None = None, root: str | os.PathLike | None = None):
+    """Return the records as a pandas DataFrame, one row a run.
+
+    Columns: experiment, variant, seed, scale, shortened, dataset, device, seconds, commit, then
+    ``recipe.X`` and ``metrics.Y``. Without any record the frame is empty and has the first nine.
+    An unknown experiment raises a ValueError that lists the known ones.
+    """
+    import pandas as pd
+
+    rows = []
+    for r in read_all(experiment, root):
+        flat = vars(r) | {key: r.environment.get(key) for key in ("device", "commit")}
+        row = {name: flat[name] for name in RUN_COLUMNS}
+        row |= {f"recipe.{k}": v for k, v in r.recipe.items()}
+        rows.append(row | {f"metrics.{k}": v for k, v in r.metrics.items()})
+    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
+
+
+def histories(experiment: str | None = None, root: str | os.PathLike | None = None):
+    """Return the histories as a tidy pandas DataFrame, one row an epoch of a run.
+
+    Columns: experiment, variant, seed, scale, then those of the history.
+    """
+    import pandas as pd
+
+    rows = [
+        {key: getattr(r, key) for key in RUN_KEYS} | row
+        for r in read_all(experiment, root)
+        for row in r.history
+    ]
+    return pd.DataFrame(rows, columns=None if rows else RUN_KEYS)

@@ -1,0 +1,474 @@
+"""One loop: train, evaluate, checkpoint, resume. The images stay on the device as uint8."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from bnnbook.data import Dataset, unit_range
+
+CHECK_EVERY = 64  # steps between two looks at the losses on an accelerator; each look waits for it
+CHECKPOINT_FORMAT = 1
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or not a number; the message names epoch and step."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or belongs to another run; the message says which and what to do."""
+
+
+@dataclass
+class History:
+    """What a training run measured: ``rows`` holds a dict an epoch, ``frame`` the same as a table.
+
+    Columns: epoch (from 1), train_loss and train_accuracy (over the epoch, in training mode),
+    validation_accuracy (with a validation set), test_accuracy, lr, the probes' columns, seconds.
+    Accuracies are fractions.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+
+    @property
+    def frame(self):
+        """The history as a pandas DataFrame, one row an epoch."""
+        import pandas
+
+        return pandas.DataFrame(self.rows)
+
+    def best(self) -> dict:
+        """Return the epoch with the best validation accuracy, of equals the later one."""
+        if not self.rows or "validation_accuracy" not in self.rows[0]:
+            raise ValueError("no validation accuracy: train on data.hold_out(n)")
+        return max(self.rows, key=lambda row: (row["validation_accuracy"], row["epoch"]))
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """Return the device to use: the one named, else CUDA if there is any, else the CPU.
+
+    Raises ValueError for an unknown name and for CUDA where there is none.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA GPU; use 'cpu'")
+    return device
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type to autocast to: bfloat16 where the GPU has it, else float16; CPU: None."""
+    if device.type != "cuda":
+        return None
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bfloat16 else torch.float16
+
+
+def _autocast(device: torch.device, enabled: bool = True):
+    dtype = autocast_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=enabled and dtype is not None)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
+            batch_size: int = 1000) -> Tensor:  # fmt: skip
+    """Return the model's outputs in evaluation mode, float32, shape (N, classes)."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        with _autocast(device):
+            batches = (preprocess(part.to(device)) for part in images.split(batch_size))
+            outputs = [model(batch).float() for batch in batches]
+    finally:
+        model.train(training)
+    return torch.cat(outputs)
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """Return the fraction of rows whose largest output is the label.
+
+    >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+    0.5
+    """
+    return (outputs.argmax(1) == labels.to(outputs.device)).float().mean().item()
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> float:
+    """Return the accuracy of the model in evaluation mode; options as in `predict`."""
+    return accuracy(predict(model, images, **options), labels)
+
+
+def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
+                         batch_size: int = 200) -> nn.Module:  # fmt: skip
+    """Collect batch-norm statistics anew by a clean pass over the images; returns the model.
+
+    Running statistics belong to the weights they were collected under. A network that is run with
+    other weights (real ones after stochastic training, say) needs new ones. Dropout stays off.
+    """
+    device = next(model.parameters()).device
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: the plain average over all batches seen
+        norm.train()
+    with torch.no_grad(), _autocast(device):
+        for part in images.split(batch_size):
+            model(preprocess(part.to(device)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.train(training)
+
+
+def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_size: int,
+          loss: Callable = cross_entropy, augment: Callable | None = None,
+          preprocess: Callable = unit_range, schedulers: Iterable = (), probes: Sequence = (),
+          test_model: Callable[[nn.Module], nn.Module] | None = None, seed: int = 0,
+          device=None, autocast: bool = True, compile: bool = False,
+          checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float = 5.0,
+          progress: bool | None = None) -> History:  # fmt: skip
+    """Train the model in place and return its `History`, one row an epoch.
+
+    Each epoch is one permutation of the training images, fixed by ``seed`` and the epoch's number;
+    an incomplete last batch is dropped. A batch goes from uint8 through ``augment`` and
+    ``preprocess`` to the model, all on the device.
+
+    optimizers: one torch optimizer or several; each steps once a batch.
+    schedulers: torch schedulers; each steps once an epoch.
+    probes: see `bnnbook.probes`.
+    test_model: makes from the model the network that is evaluated after an epoch; default itself.
+    device: "cpu", "cuda", or None for the best there is.
+    autocast: on CUDA, compute in the type `autocast_dtype` chooses. compile: use torch.compile.
+    checkpoint: a file. If it is there, the run continues from it, to the very same numbers; it is
+    written every ``checkpoint_minutes``, at the end, and on Ctrl-C after the step in progress.
+    progress: a bar; by default only on a terminal and on Colab.
+
+    Raises NonFiniteLossError, CheckpointError, and ValueError for arguments that make no sense.
+    """
+    run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
+               augment=augment, preprocess=preprocess, schedulers=tuple(schedulers),
+               probes=tuple(probes), test_model=test_model, seed=seed,
+               device=choose_device(device), autocast=autocast, compile=compile,
+               checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
+    with _reproducible(run.device, seed), _stop_signals(run), _bar(run, progress) as bar:
+        run.resume()
+        while run.epoch < epochs:
+            bar.update(run.epoch - bar.n)
+            train_epoch(run)
+            run.end_epoch()
+            bar.set_postfix(run.summary())
+        bar.update(epochs - bar.n)
+        run.save()
+        if run.stop is not None:  # asked for while the last epoch was evaluated
+            raise KeyboardInterrupt("stopped after the last epoch")
+    return History(run.rows)
+
+
+def train_epoch(run: "_Run") -> None:
+    """Go through the rest of the run's current epoch, step by step."""
+    run.model.train()
+    order = epoch_order(len(run.labels), run.seed, run.epoch).to(run.device)
+    while run.step < run.steps:
+        index = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
+        train_step(run, run.batch(index), run.labels[index])
+        run.step += 1
+        run.after_step()
+
+
+def train_step(run: "_Run", images: Tensor, targets: Tensor) -> None:
+    """Do one step: forward, backward, update. Losses and hits stay on the device."""
+    with _autocast(run.device, run.autocast):
+        outputs = run.forward(images)
+    value = run.loss(outputs.float(), targets)
+    run.scaler.scale(value).backward()
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    for probe in run.probes:
+        probe.step()
+    run.losses[run.step] = value.detach()
+    run.hits += (outputs.argmax(1) == targets).sum()
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Return the permutation of n training images for this seed and epoch, the same everywhere.
+
+    >>> torch.equal(epoch_order(9, seed=1, epoch=4), epoch_order(9, seed=1, epoch=4))
+    True
+    """
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randperm(n, generator=generator)
+
+
+class _Run:
+    """The state of a training run, and how it is written to a checkpoint and read back."""
+
+    def __init__(self, model, data, optimizers, *, epochs, batch_size, checkpoint, minutes, device,
+                 seed, compile, **settings):  # fmt: skip
+        self.optimizers = _as_tuple(optimizers)
+        _validate(data, self.optimizers, epochs, batch_size, model, device)
+        self.__dict__.update(settings)
+        self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
+        self.epochs, self.batch_size = epochs, batch_size
+        self.checkpoint, self.minutes, self.stop = checkpoint, minutes, None
+        self.labels = self.data.train_labels
+        self.steps = len(self.labels) // batch_size
+        self.channels_last = any(isinstance(m, nn.Conv2d) for m in model.modules())
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.forward = torch.compile(model) if compile else model
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=self.autocast and autocast_dtype(device) == torch.float16
+        )
+        self.losses = torch.zeros(self.steps, device=device)
+        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.epoch = self.step = 0
+        self.rows: list[dict] = []
+        self.started = self.saved = time.monotonic()
+        for probe in self.probes:
+            probe.start(model)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Return the training images at index as the model takes them."""
+        images = self.data.train_images[index]
+        images = self.preprocess(self.augment(images) if self.augment else images)
+        if self.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def after_step(self) -> None:
+        """Look at the losses now and then; write a checkpoint when it is time or asked for."""
+        if self.device.type == "cpu" or self.step % CHECK_EVERY == 0 or self.step == self.steps:
+            self.check_losses()
+        if self.stop is not None:
+            self.check_losses()
+            self.save()
+            raise KeyboardInterrupt(f"stopped in epoch {self.epoch + 1} after step {self.step}")
+        if self.checkpoint and time.monotonic() - self.saved > 60 * self.minutes:
+            self.check_losses()
+            self.save_if_possible()
+
+    def check_losses(self) -> None:
+        """Raise if a loss of this epoch is not finite."""
+        bad = (~self.losses[: self.step].isfinite()).nonzero()
+        if len(bad):
+            step = bad[0].item()
+            raise NonFiniteLossError(
+                f"the loss is {self.losses[step].item()} in epoch {self.epoch + 1}, "
+                f"step {step + 1} of {self.steps}; a smaller learning rate usually helps"
+            )
+
+    def end_epoch(self) -> None:
+        """Evaluate, add a row to the history, and let the schedulers step."""
+        row = {
+            "epoch": self.epoch + 1,
+            "train_loss": self.losses.mean().item(),
+            "train_accuracy": self.hits.item() / (self.steps * self.batch_size),
+            **self.accuracies(),
+            "lr": self.optimizers[0].param_groups[-1]["lr"],
+        }
+        for probe in self.probes:
+            row.update(probe.epoch())
+        for scheduler in self.schedulers:
+            scheduler.step()
+        now = time.monotonic()
+        self.rows.append({**row, "seconds": now - self.started})
+        self.started = now
+        self.epoch, self.step = self.epoch + 1, 0
+        self.hits.zero_()
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the accuracies of the network that `test_model` makes."""
+        network = self.test_model(self.model) if self.test_model else self.model
+        sets = {"validation": self.data.validation_images, "test": self.data.test_images}
+        labels = {"validation": self.data.validation_labels, "test": self.data.test_labels}
+        return {
+            f"{name}_accuracy": evaluate(network, images, labels[name], preprocess=self.preprocess)
+            for name, images in sets.items()
+            if images is not None
+        }
+
+    def summary(self) -> dict[str, str]:
+        """Return the last row in short, for the progress bar."""
+        row = self.rows[-1]
+        return {"loss": f"{row['train_loss']:.4f}", "test": f"{row['test_accuracy']:.4f}"}
+
+    def identity(self) -> dict:
+        """Return what must agree for a checkpoint to continue this run."""
+        return {
+            "data": f"{self.data.name} {self.data.sha256}",
+            "training images": len(self.labels),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "parameters": [tuple(p.shape) for p in self.model.parameters()],
+            "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
+            "initial rates": [
+                group.get("initial_lr", group["lr"])
+                for optimizer in self.optimizers
+                for group in optimizer.param_groups
+            ],
+            "probes": [type(probe).__name__ for probe in self.probes],
+            "device type": self.device.type,
+        }
+
+    def parts(self) -> dict[str, list]:
+        """Return everything with a state_dict, by name."""
+        return {
+            "model": [self.model],
+            "optimizers": self.optimizers,
+            "schedulers": self.schedulers,
+            "probes": self.probes,
+            "scaler": [self.scaler],
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint atomically: the old one stays until the new one is complete."""
+        if not self.checkpoint:
+            return
+        parts = self.parts().items()
+        state = {name: [part.state_dict() for part in members] for name, members in parts}
+        state |= {
+            "format": CHECKPOINT_FORMAT, "identity": self.identity(), "epoch": self.epoch,
+            "step": self.step, "rows": self.rows, "losses": self.losses, "hits": self.hits,
+            "seconds": time.monotonic() - self.started, "random": torch.get_rng_state(),
+        }  # fmt: skip
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        part = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.part")
+        try:
+            torch.save(state, part)
+            part.replace(self.checkpoint)
+        finally:
+            part.unlink(missing_ok=True)
+        self.saved = time.monotonic()
+
+    def save_if_possible(self) -> None:
+        """Write a checkpoint, but let a full disk cost no more than the checkpoint."""
+        try:
+            self.save()
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            self.saved = time.monotonic()
+            warnings.warn(f"checkpoint not written, training goes on: {error}", stacklevel=2)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint if there is one."""
+        if not self.checkpoint or not self.checkpoint.exists():
+            return
+        state = _read_checkpoint(self.checkpoint, self.device)
+        for name, value in self.identity().items():
+            if state["identity"].get(name) != value:
+                raise CheckpointError(
+                    f"{self.checkpoint} belongs to another run: its {name} is "
+                    f"{state['identity'].get(name)}, here it is {value}; remove it to start anew"
+                )
+        if (state["epoch"], state["step"]) > (self.epochs, 0):
+            raise CheckpointError(f"{self.checkpoint} is at epoch {state['epoch']} already")
+        for name, parts in self.parts().items():
+            for part, saved in zip(parts, state[name], strict=True):
+                part.load_state_dict(saved)
+        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+        self.losses.copy_(state["losses"])
+        self.hits.copy_(state["hits"])
+        self.started = time.monotonic() - state["seconds"]
+        torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict:
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {state['format']}, not {CHECKPOINT_FORMAT}")
+    except OSError:
+        raise
+    except Exception as error:  # whatever unpickling a damaged file may raise
+        aside = path.with_name(path.name + ".corrupt")
+        path.replace(aside)
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read ({error}); it was moved to {aside.name}. "
+            "Run again to start from the beginning"
+        ) from error
+    return state
+
+
+def _as_tuple(optimizers) -> tuple:
+    if isinstance(optimizers, torch.optim.Optimizer):
+        return (optimizers,)
+    return tuple(optimizers)
+
+
+def _validate(data, optimizers, epochs, batch_size, model, device) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, not {epochs}")
+    if not 1 <= batch_size <= len(data.train_labels):
+        raise ValueError(
+            f"batch_size must be from 1 to the {len(data.train_labels)} training images, "
+            f"not {batch_size}"
+        )
+    if not optimizers:
+        raise ValueError("no optimizer was given")
+    wrong = {p.device.type for p in model.parameters()} - {device.type}
+    if wrong:
+        raise ValueError(
+            f"the model is on {wrong.pop()}, the run on {device.type}: move the model there "
+            "before the optimizers are made, or name the model's device"
+        )
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device, seed: int):
+    """Seed torch for this run only, and ask cuDNN for deterministic kernels."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+    ):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signals(run: _Run):
+    """With a checkpoint, let Ctrl-C and SIGTERM finish the step in progress first."""
+    if not run.checkpoint or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number, frame):
+        if run.stop is not None:  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        run.stop = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bar(run: _Run, progress: bool | None) -> tqdm:
+    if progress is None:
+        progress = sys.stderr.isatty() or "google.colab" in sys.modules
+    return tqdm(total=run.epochs, unit="epoch", disable=not progress, leave=False)
