@@ -170,14 +170,14 @@ def _number(id: str, value) -> float | int:
 
 
 def three_digits(mean: float, spread: float | None = None) -> str:
-    """Return ``mean ± spread`` with three significant digits of the mean.
+    """Return ``mean ± spread`` with three significant digits of the larger one.
 
     The spread has the mean's decimals, or one significant digit where those would make it 0.
 
     >>> three_digits(0.98765, 0.0123), three_digits(98.765), three_digits(1.5, 0.0001)
     ('0.988 ± 0.012', '98.8', '1.50 ± 0.0001')
     """
-    size = abs(mean) or abs(spread or 0) or 1.0
+    size = max(abs(mean), spread or 0) or 1.0
     decimals = 2 - math.floor(math.log10(size))
     if not 0 <= decimals <= 6:
         return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
