@@ -11,6 +11,7 @@ argument ``root``, else the environment variable ``BNNBOOK_DATA``, else ``~/.cac
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from http.client import HTTPException
@@ -302,13 +303,10 @@ def _read_torchvision(name: str, root: Path) -> Dataset:
     if not all(path.is_file() for path in files):
         _fetch(name, kind, root)
     try:
-        if name == "svhn":
-            train, test = (kind(root, split=split) for split in ("train", "test"))
-            arrays = _hwc(train.data), train.labels, _hwc(test.data), test.labels
-            return _dataset(name, *arrays, DIGITS)
-        train, test = (kind(root, train=flag) for flag in (True, False))
-        parts = [np.asarray(a) for s in (train, test) for a in (s.data, s.targets)]
-        return _dataset(name, *parts, DIGITS if name == "mnist" else train.classes)
+        with warnings.catch_warnings():
+            # CIFAR's pickles are Python 2's; NumPy 2.4.0 to 2.4.4 warn about their dtypes.
+            warnings.filterwarnings("ignore", r"dtype\(\): align should be")
+            return _dataset(name, *_torchvision_arrays(name, kind, root))
     # A damaged file can fail anywhere in torchvision's readers, with an assert among others.
     except Exception as error:
         bad = ", ".join(str(path) for path in _damaged(name, files)) or str(root)
@@ -316,6 +314,16 @@ def _read_torchvision(name: str, root: Path) -> Dataset:
             f"{name}: damaged file: {bad} ({type(error).__name__}: {error}). "
             f"It was left as it is; move it away to have {name} downloaded again."
         ) from error
+
+
+def _torchvision_arrays(name: str, kind, root: Path) -> tuple:
+    """Return x_train, y_train, x_test, y_test and the classes, as ``_dataset`` wants them."""
+    if name == "svhn":
+        train, test = (kind(root, split=split) for split in ("train", "test"))
+        return _hwc(train.data), train.labels, _hwc(test.data), test.labels, DIGITS
+    train, test = (kind(root, train=flag) for flag in (True, False))
+    arrays = [np.asarray(a) for part in (train, test) for a in (part.data, part.targets)]
+    return *arrays, DIGITS if name == "mnist" else train.classes
 
 
 def _hwc(images: np.ndarray) -> np.ndarray:

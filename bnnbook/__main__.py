@@ -1,0 +1,3 @@
+from bnnbook.cli import main
+
+main()

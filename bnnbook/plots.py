@@ -1,0 +1,130 @@
+"""Figures: records and tensors in, axes out. Nothing here trains, and no figure has a title."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+# One colour a regulariser, in every figure.
+COLORS = {
+    "none": "#777777",
+    "deterministic": "#0072b2",
+    "stochastic": "#d55e00",
+    "dropout": "#009e73",
+}
+
+
+def use_style() -> None:
+    """Use the book's matplotlib style from here on."""
+    plt.style.use(Path(__file__).with_name("bnnbook.mplstyle"))
+
+
+def quantizer(function: Callable, ax: Axes, *, span: float = 2.0, points: int = 801) -> Axes:
+    """Draw a quantizer forward and backward, both computed from the function itself.
+
+    A random quantizer shows as its draws; the backward curve is what autograd returns for them.
+    """
+    x = torch.linspace(-span, span, points, requires_grad=True)
+    y = function(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    x, y = x.detach(), y.detach()
+    if (y[1:] != y[:-1]).sum() > 2:  # many jumps: draws, not a step function
+        ax.plot(x, y, ".", ms=2.5, color="C0", label="forward, one draw each")
+    else:
+        ax.step(x, y, where="post", color="C0", label="forward")
+    ax.plot(x, gradient, "--", color="C1", label="backward")
+    ax.set(xlabel="w", ylim=(-1.35, 1.35), yticks=(-1, 0, 1), xlim=(-span, span))
+    return ax
+
+
+def training_curves(histories, ax: Axes) -> Axes:
+    """Draw BinaryConnect's figure 3: training cost (dotted), validation error (solid, in %).
+
+    ``histories`` is a frame as of `records.histories`: variant, seed, epoch, train_loss,
+    validation_accuracy. Lines are means over the seeds, bands their range.
+    """
+    cost = ax.twinx()
+    for variant, runs in histories.groupby("variant", sort=False):
+        color = COLORS.get(variant)
+        error = 100 * (1 - runs.pivot(index="epoch", columns="seed", values="validation_accuracy"))
+        ax.plot(error.index, error.mean(axis=1), color=color, label=variant)
+        ax.fill_between(error.index, error.min(axis=1), error.max(axis=1), color=color, alpha=0.15)
+        loss = runs.groupby("epoch").train_loss.mean()
+        cost.plot(loss.index, loss, ":", color=color)
+    ax.set(xlabel="epoch", ylabel="validation error (%), solid", yscale="log")
+    cost.set(ylabel="training cost, dotted", yscale="log")
+    cost.grid(False)
+    cost.spines["right"].set_visible(True)
+    _plain_percent(ax.yaxis)
+    return ax
+
+
+def _plain_percent(axis) -> None:
+    axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(1, 0.5)))
+
+
+def weight_histogram(densities: Mapping[str, np.ndarray], axes, bound: float = 1.0):
+    """Draw one density of latent weights over [-bound, bound] an axis (figure 2)."""
+    for ax, (name, density) in zip(axes, densities.items(), strict=True):
+        edges = np.linspace(-bound, bound, len(density) + 1)
+        ax.stairs(density, edges, fill=True, color=COLORS.get(name, "C0"))
+        ax.set(xlabel="latent weight", xlim=(-bound, bound))
+        ax.annotate(name, (0.5, 0.95), xycoords="axes fraction", ha="center", va="top")
+    axes[0].set_ylabel("density")
+    return axes
+
+
+def features(images: Mapping[str, np.ndarray], axes):
+    """Draw each array (count, H, W) of features as one square mosaic an axis (figure 1)."""
+    for ax, (name, stack) in zip(axes, images.items(), strict=True):
+        ax.imshow(_mosaic(stack), interpolation="nearest")
+        ax.set_xlabel(name)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    return axes
+
+
+def _mosaic(stack: np.ndarray) -> np.ndarray:
+    side = int(np.sqrt(len(stack)))
+    framed = np.pad(stack[: side * side], ((0, 0), (1, 1), (1, 1)), constant_values=255)
+    return np.vstack([np.hstack(framed[i : i + side]) for i in range(0, side * side, side)])
+
+
+def learning_rates(frame, ax: Axes) -> Axes:
+    """Draw test error (%) over the first learning rate, solid with scaling and dashed without.
+
+    ``frame`` has the columns variant ("adam", "adam-scaled", …), lr and test_error (a fraction).
+    """
+    colors = {"sgd": "C0", "nesterov": "C1", "adam": "C2"}
+    for variant, runs in frame.groupby("variant", sort=False):
+        optimizer, _, scaled = variant.partition("-")
+        error = 100 * runs.groupby("lr").test_error.mean()
+        ax.plot(error.index, error, "-o" if scaled else "--o", ms=4, color=colors[optimizer],
+                mfc=None if scaled else "white", label=variant)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="first learning rate", ylabel="test error (%)")
+    _plain_percent(ax.yaxis)
+    return ax
+
+
+def errors(frame, paper: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
+    """Draw each run's test error (%) as a dot beside the paper's mean ± spread (a diamond).
+
+    ``frame`` has the columns variant and test_error (a fraction); ``paper`` maps a variant to
+    (mean, spread) in per cent, the spread None where the paper gives none.
+    """
+    variants = list(dict.fromkeys(frame.variant))
+    for i, variant in enumerate(variants):
+        ours = 100 * frame.test_error[frame.variant == variant]
+        ax.plot(ours, np.full(len(ours), i - 0.12), "o", ms=5, alpha=0.8, color=COLORS[variant])
+        mean, spread = paper[variant]
+        ax.errorbar(mean, i + 0.15, xerr=spread, fmt="D", ms=5, color="black", mfc="white")
+    ax.set(yticks=range(len(variants)), yticklabels=variants, xlabel="test error (%)")
+    ax.invert_yaxis()
+    return ax
