@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bnnbook.data import Dataset, unit_range
 
@@ -115,7 +115,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> flo
 
 
 def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
-                         batch_size: int = 200) -> nn.Module:  # fmt: skip
+                         batch_size: int = 1000) -> nn.Module:  # fmt: skip
     """Collect batch-norm statistics anew by a clean pass over the images; returns the model.
 
     Running statistics belong to the weights they were collected under. A network that is run with

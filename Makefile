@@ -1,0 +1,75 @@
+# Every recipe is a line that can be typed by hand. Programs are called through .venv/bin/python,
+# never through the scripts beside it: those break when the folder is moved.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup book notebooks site test test-portable lint serve bench clean moved
+
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off --no-deps
+READY := .venv/.ready
+# One thread a process: two notebooks are tested side by side, and sums keep their order.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+NBVAL := --nbval-lax --nbval-current-env notebooks
+PORT ?= 8000
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## create .venv with the locked packages
+
+$(READY): requirements.lock pyproject.toml
+	@rm -f $(READY)
+	@if ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  for python in "$(PYTHON)" python3.13 python3.12 python3.11 none; do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	  done; \
+	  if test "$$python" = none; then \
+	    echo "error: $(PYTHON) is no Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "creating .venv with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear .venv; \
+	fi
+	@echo "installing the locked packages (about 5 GB with PyTorch; minutes the first time)"
+	@$(PIP) -r requirements.lock 2>&1 | $(PY) -m tools.installing
+	@$(PIP) --no-build-isolation -e . 2>&1 | $(PY) -m tools.installing
+	@pwd > $(READY)
+
+# A folder that was moved needs its packages' paths renewed.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+$(READY): moved
+moved:
+endif
+
+book: notebooks site ## execute what is not fresh, build the site and say where it is
+
+notebooks: setup ## execute chapters that are not fresh (FORCE=1: all) and collect their claims
+	@$(PY) -m tools.chapters build $(if $(FORCE),--force)
+	@$(PY) -m tools.claims_table
+
+site: setup ## build _build/html from notebooks/ as they are (STRICT=1: anew, warnings are errors)
+	@$(PY) -m tools.website $(if $(STRICT),--strict)
+
+test: lint site ## every check: style, tests, doctests, and the notebooks against their outputs
+	@$(ONE_THREAD) $(PYTEST) --doctest-modules tests bnnbook $(NBVAL)
+
+test-portable: setup ## the notebooks once more with all threads and an older CPU's instructions
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(NBVAL)
+
+lint: setup ## style of the code
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+serve: book ## show the book at http://localhost:8000 (PORT=…)
+	@$(PY) -m http.server --directory _build/html --bind 127.0.0.1 $(PORT)
+
+bench: setup ## time the library against plain PyTorch
+	@for benchmark in benchmarks/*.py; do $(PY) "$$benchmark"; done
+
+clean: ## remove the built site and all caches (not .venv, not notebooks/)
+	rm -rf _build .cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""Literal NumPy twins of the update rules, transcribed from the papers, one weight at a time."""
+
+import numpy as np
+
+
+def sign(x: float) -> float:
+    """BinaryConnect, equation 1."""
+    return 1.0 if x >= 0 else -1.0
+
+
+def hard_sigmoid(x: float) -> float:
+    """BinaryConnect, equation 3."""
+    return max(0.0, min(1.0, (x + 1) / 2))
+
+
+def squared_hinge(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """BinaryConnect's loss, one value an output: max(0, 1 - t y)^2 with t = ±1."""
+    loss = np.empty_like(outputs)
+    for n, row in enumerate(outputs):
+        for k, y in enumerate(row):
+            t = 1.0 if k == targets[n] else -1.0
+            loss[n, k] = max(0.0, 1 - t * y) ** 2
+    return loss
+
+
+def binaryconnect_step(w: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
+    """Algorithm 1, step 3: w <- clip(w - rate * dC/dw_b)."""
+    new = np.empty_like(w)
+    for i in np.ndindex(w.shape):
+        new[i] = max(-1.0, min(1.0, w[i] - rate * gradient[i]))
+    return new
+
+
+def binaryconnect_linear(w, x, targets, rate, steps):
+    """Train a linear layer by Algorithm 1; return the latent weights and each step's binary ones.
+
+    The loss is the mean squared hinge, its gradient taken at the binary weights.
+    Shapes: w (classes, inputs), x (N, inputs), targets (N,).
+    """
+    history = []
+    for _ in range(steps):
+        binary = np.vectorize(sign)(w)
+        outputs = x @ binary.T
+        t = np.where(np.arange(w.shape[0]) == targets[:, None], 1.0, -1.0)
+        slope = -2 * t * np.maximum(0.0, 1 - t * outputs) / outputs.size
+        w = binaryconnect_step(w, slope.T @ x, rate)
+        history.append(np.vectorize(sign)(w))
+    return w, np.array(history)

@@ -1,0 +1,98 @@
+"""Tables of claims in README.md and book/what-holds.md, on a fabricated book."""
+
+import nbformat
+import pytest
+from test_compare import claim, notebook
+
+from bnnbook import claims
+from tools import claims_table
+
+PYPROJECT = '[project.urls]\nHomepage = "https://example.org/book/"\n'
+PAGE = f"# Page\n\nbefore\n\n{claims_table.BEGIN}\n{claims_table.END}\n\nafter\n"
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Two chapters, `b` before `a` in the table of contents, and pages with empty markers."""
+    for folder in ("book", "notebooks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
+    toc = "root: book/intro\nparts:\n- chapters:\n  - file: notebooks/b.ipynb\n"
+    toc += "    sections:\n    - file: notebooks/a.ipynb\n  - file: book/what-holds\n"
+    (tmp_path / "_toc.yml").write_text(toc, encoding="utf-8")
+    write(tmp_path, "a", [claim("a.one")])
+    write(tmp_path, "b", [claim("b.one"), claim("b.two", claims.NOT_REPRODUCED)])
+    for page in ("README.md", "book/what-holds.md"):
+        (tmp_path / page).write_text(PAGE, encoding="utf-8")
+    return tmp_path
+
+
+def write(book, name: str, found: list[dict]) -> None:
+    nb = notebook(claims=[entry | {"statement": f"{entry['id']} holds"} for entry in found])
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"Text.\n\n# Chapter {name.upper()}"))
+    nbformat.write(nb, book / "notebooks" / f"{name}.ipynb")
+
+
+def run(book, *arguments: str) -> int:
+    return claims_table.main(["--root", str(book), *arguments])
+
+
+def rows(path) -> list[str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    return lines[2:]
+
+
+def test_claims_are_collected_in_the_order_of_the_book(book):
+    found = claims_table.collect(book)
+    assert [chapter.title for chapter in found] == ["Chapter B", "Chapter A"]
+    assert [c["id"] for chapter in found for c in chapter.claims] == ["b.one", "b.two", "a.one"]
+
+
+def test_both_tables_are_written_between_their_markers(book):
+    assert run(book) == 0
+    readme, page = book / "README.md", book / "book" / "what-holds.md"
+    chapter = "[Chapter B](https://example.org/book/notebooks/b.html)"
+    assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | not reproduced |"
+    chapter = "[Chapter A](../notebooks/a.ipynb)"
+    assert (
+        rows(page)[2] == f"| {chapter} | a.one holds | p | x | 1 | — | small | cpu | reproduced |"
+    )
+    for path in (readme, page):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# Page\n\nbefore\n\n<!-- claims:begin -->\n\n| Chapter")
+        assert text.endswith("|\n\n<!-- claims:end -->\n\nafter\n")
+
+
+def test_check_fails_until_the_tables_are_up_to_date(book, capsys):
+    assert run(book, "--check") == 1
+    assert "README.md: its table of claims is out of date" in capsys.readouterr().out
+    assert (book / "README.md").read_text(encoding="utf-8") == PAGE
+    assert run(book) == 0
+    assert run(book, "--check") == 0
+    assert run(book) == 0
+    write(book, "a", [claim("a.one", claims.NOT_REPRODUCED)])
+    assert run(book, "--check") == 1
+
+
+def test_a_bar_or_a_line_break_does_not_break_the_table(book):
+    write(book, "a", [claim("a.one") | {"paper": "|w| <= 1\nalways"}])
+    assert run(book) == 0
+    assert r"| \|w\| <= 1 always |" in rows(book / "README.md")[2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda book: (book / "README.md").unlink(), "README.md is missing"),
+        (lambda book: (book / "README.md").write_text("# No markers"), "needs the line"),
+        (lambda book: (book / "_toc.yml").unlink(), "_toc.yml is missing"),
+        (lambda book: (book / "notebooks" / "a.ipynb").unlink(), "run `make notebooks`"),
+        (lambda book: write(book, "c", [claim("c.one")]), "is not in _toc.yml"),
+        (lambda book: write(book, "a", [claim(), claim()]), "stands twice"),
+        (lambda book: write(book, "a", [claim(verdict="perhaps")]), "unknown verdict"),
+    ],
+)
+def test_what_is_wrong_is_said(book, damage, words, capsys):
+    damage(book)
+    assert run(book) == 1
+    assert words in capsys.readouterr().err

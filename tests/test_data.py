@@ -1,0 +1,902 @@
+import doctest
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from torchvision import datasets
+
+from bnnbook import data
+
+DIGITS_SHA256 = "46b4678879661d3b5c922b5e50bbf2bc9fe5b474e38bd4a0d647f06da998ba42"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No test reaches beyond this machine, and no test sees the user's own data."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1"):
+            raise OSError("the network is blocked in tests")
+        return connect(self, address)
+
+    def no_names(host, *arguments, **keywords):
+        if host in ("127.0.0.1", "localhost"):
+            return lookup(host, *arguments, **keywords)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    monkeypatch.setattr(socket, "getaddrinfo", no_names)
+    monkeypatch.delenv("BNNBOOK_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def keras_arrays(n=12, m=6, size=(4, 5), classes=3, seed=0):
+    """Made-up images in Keras's layout; both parts hold every class."""
+    rng = np.random.default_rng(seed)
+    return {
+        "x_train": rng.integers(0, 256, (n, *size), dtype=np.uint8),
+        "y_train": (np.arange(n) % classes).astype(np.uint8),
+        "x_test": rng.integers(0, 256, (m, *size), dtype=np.uint8),
+        "y_test": (np.arange(m) % classes).astype(np.uint8),
+    }
+
+
+def write_npz(path, **changes):
+    arrays = {k: v for k, v in (keras_arrays() | changes).items() if v is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def toy(n=12, m=6, shape=(1, 4, 5), classes=3):
+    generator = torch.Generator().manual_seed(0)
+
+    def images(k):
+        return torch.randint(256, (k, *shape), dtype=torch.uint8, generator=generator)
+
+    names = tuple("abcdefgh"[:classes])
+    return data.Dataset(
+        images(n), torch.arange(n) % classes, images(m), torch.arange(m) % classes, names
+    )
+
+
+# --- Dataset -----------------------------------------------------------------------------------
+
+
+def test_doctests():
+    result = doctest.testmod(data)
+    assert result.attempted >= 6
+    assert result.failed == 0
+
+
+def test_importing_is_cheap():
+    code = (
+        "import sys, bnnbook.data, bnnbook.records, bnnbook.claims;"
+        "heavy = {'torchvision', 'sklearn', 'pandas', 'IPython'} & set(sys.modules);"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_repr_is_one_short_line():
+    assert repr(toy()) == "Dataset('unnamed': 12 train + 6 test, 1×4×5, 3 classes, cpu)"
+
+
+FIELDS = {
+    "train_images": [
+        (torch.zeros(12, 1, 4, 5), "train_images must be a uint8 tensor"),
+        (torch.zeros(12, 4, 5, dtype=torch.uint8), r"train_images .*\(12, 4, 5\)"),
+        (np.zeros((12, 1, 4, 5), np.uint8), "train_images .*ndarray"),
+        (torch.zeros(0, 1, 4, 5, dtype=torch.uint8), "train_images is empty"),
+        (torch.zeros(11, 1, 4, 5, dtype=torch.uint8), "train_labels has 12 entries for 11"),
+    ],
+    "test_images": [
+        (torch.zeros(6, 3, 4, 5, dtype=torch.uint8), "test_images and train_images differ"),
+        (torch.zeros(6, 1, 0, 5, dtype=torch.uint8), "test_images is empty"),
+        (None, "test_images must be .*NoneType"),
+    ],
+    "train_labels": [
+        (torch.zeros(12), "train_labels must be an int64"),
+        (torch.zeros(12, 1, dtype=torch.int64), "train_labels must be an int64"),
+        (torch.full((12,), 3), "train_labels holds labels 3 to 3; 3 classes allow 0 to 2"),
+        (torch.full((12,), -1), "train_labels holds labels -1"),
+    ],
+    "test_labels": [(torch.zeros(5, dtype=torch.int64), "test_labels has 5 entries for 6")],
+    "classes": [((), "classes is empty"), (("a", "b"), "2 classes allow 0 to 1")],
+    "validation_images": [(torch.zeros(2, 1, 4, 5, dtype=torch.uint8), "together")],
+    "validation_labels": [(torch.zeros(2, dtype=torch.int64), "together")],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"), [(f, v, m) for f, cases in FIELDS.items() for v, m in cases]
+)
+def test_dataset_refuses_what_does_not_fit_and_names_the_field(field, value, message):
+    names = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+    good = {name: getattr(toy(), name) for name in names}
+    data.Dataset(**good)
+    with pytest.raises(ValueError, match=message):
+        data.Dataset(**good | {field: value})
+
+
+def test_dataset_is_frozen():
+    with pytest.raises(AttributeError):
+        toy().name = "other"
+
+
+def test_sha256_is_the_documented_one_and_sees_every_bit():
+    d = toy()
+    digest = hashlib.sha256()
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        array = getattr(d, name).numpy()
+        dtype = "uint8" if name.endswith("images") else "int64"
+        digest.update(f"{name} {dtype} {tuple(array.shape)}\n".encode() + array.tobytes())
+    assert d.sha256 == digest.hexdigest()
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        fresh = toy()
+        value = getattr(fresh, name)
+        value.view(-1)[-1] = (value.view(-1)[-1] + 1) % 3
+        assert data.fingerprint(fresh) != d.sha256, name
+    assert data.fingerprint(d) == d.sha256
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest(monkeypatch):
+    d, moved = toy().hold_out(2), []
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device: moved.append(t) or real(t, device))
+    other = d.to("cpu")
+    assert len(moved) == 6
+    assert other.sha256 == d.sha256
+    assert repr(other) == repr(d)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_and_augmentation_on_a_gpu_equal_those_on_the_cpu():
+    d = toy(n=40).hold_out(8)
+    gpu = d.to("cuda")
+    assert gpu.validation_images.device.type == "cuda"
+    both = [
+        data.batches(s.train_images, s.train_labels, 5, torch.Generator().manual_seed(3))
+        for s in (d, gpu)
+    ]
+    for (x, y), (u, v) in zip(*both, strict=True):
+        assert u.device.type == "cuda"
+        assert torch.equal(x, u.cpu())
+        assert torch.equal(y, v.cpu())
+    offsets = torch.tensor([0, 1, 4]), torch.tensor([4, 0, 2]), torch.tensor([True, False, True])
+    on_gpu = data.crop(gpu.train_images[:3], *(t.cuda() for t in offsets), 2)
+    assert torch.equal(on_gpu.cpu(), data.crop(d.train_images[:3], *offsets, 2))
+    assert data.crop_flip(2)(gpu.train_images).device.type == "cuda"
+    for make in (data.standardize, data.subtract_mean_image):
+        assert torch.equal(make(gpu)(d.train_images), make(d)(d.train_images))
+        assert make(d)(gpu.train_images).device.type == "cuda"
+
+
+def test_hold_out_takes_the_last_images_and_leaves_the_original_alone():
+    d = toy()
+    held = d.hold_out(5)
+    assert torch.equal(held.train_images, d.train_images[:7])
+    assert torch.equal(held.validation_images, d.train_images[7:])
+    assert torch.equal(held.validation_labels, d.train_labels[7:])
+    assert torch.equal(held.test_images, d.test_images)
+    assert held.sha256 == d.sha256
+    assert d.validation_images is None
+    assert len(d.train_images) == 12
+    assert repr(held) == "Dataset('unnamed': 7 train + 5 valid. + 6 test, 1×4×5, 3 classes, cpu)"
+
+
+@pytest.mark.parametrize("n", [0, -1, 12, 13])
+def test_hold_out_out_of_range(n):
+    with pytest.raises(ValueError, match="between 1 and 11"):
+        toy().hold_out(n)
+
+
+def test_hold_out_twice():
+    with pytest.raises(ValueError, match="already has a validation set"):
+        toy().hold_out(2).hold_out(2)
+
+
+def test_hold_out_of_a_set_ordered_by_class_needs_a_seed(tmp_path):
+    labels = np.repeat(np.arange(3), 4)
+    write_npz(tmp_path / "ordered.npz", y_train=labels)
+    d = data.load("ordered", tmp_path)
+    with pytest.raises(ValueError, match="seed=0"):
+        d.hold_out(4)
+    held = d.hold_out(4, seed=0)
+    again = d.hold_out(4, seed=0)
+    assert torch.equal(held.validation_images, again.validation_images)
+    assert not torch.equal(held.validation_images, d.hold_out(4, seed=1).validation_images)
+    pairs = [*zip(held.train_images, held.train_labels, strict=True)]
+    pairs += [*zip(held.validation_images, held.validation_labels, strict=True)]
+    of = {x.numpy().tobytes(): int(y) for x, y in zip(d.train_images, d.train_labels, strict=True)}
+    assert {x.numpy().tobytes(): int(y) for x, y in pairs} == of
+
+
+# --- digits ------------------------------------------------------------------------------------
+
+
+def test_digits_are_embedded_and_always_the_same(tmp_path, monkeypatch):
+    write_npz(tmp_path / "digits.npz")  # never shadows the embedded set
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    d = data.load("digits")
+    assert d.sha256 == DIGITS_SHA256
+    assert d.train_images.shape == (1300, 1, 8, 8)
+    assert d.test_images.shape == (497, 1, 8, 8)
+    assert d.classes == tuple("0123456789")
+    assert set(d.train_labels.tolist()) == set(d.test_labels.tolist()) == set(range(10))
+    levels = {round(v * 255 / 16) for v in range(17)}
+    assert set(d.train_images.unique().tolist()) == levels
+
+
+def test_digits_split_partitions_scikit_learns_images():
+    from sklearn.datasets import load_digits
+
+    raw, d = load_digits(), data.load("digits")
+    images = torch.cat([d.train_images, d.test_images]).flatten(1).double() * 16 / 255
+    ours = np.column_stack([images.round().numpy(), torch.cat([d.train_labels, d.test_labels])])
+    theirs = np.column_stack([raw.data, raw.target])
+    assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
+
+
+# --- NAME.npz ----------------------------------------------------------------------------------
+
+
+def test_npz_of_grey_images(tmp_path):
+    path = write_npz(tmp_path / "mine.npz")
+    d = data.load("mine", tmp_path)
+    arrays = np.load(path)
+    assert d.train_images.shape == (12, 1, 4, 5)
+    assert np.array_equal(d.train_images[:, 0], arrays["x_train"])
+    assert np.array_equal(d.test_images[:, 0], arrays["x_test"])
+    assert np.array_equal(d.train_labels, arrays["y_train"])
+    assert np.array_equal(d.test_labels, arrays["y_test"])
+    assert d.train_labels.dtype == torch.int64
+    assert d.classes == ("0", "1", "2")
+    assert d.name == "mine"
+    assert data.load("mine.npz", str(tmp_path)).sha256 == d.sha256
+
+
+def test_npz_of_colour_images_with_column_labels_and_names(tmp_path):
+    arrays = keras_arrays(size=(4, 5, 3))
+    arrays["y_train"] = arrays["y_train"][:, None].astype(np.int32)
+    write_npz(tmp_path / "mine.npz", **arrays, classes=np.array(["ant", "bee", "cat"]))
+    d = data.load("mine", tmp_path)
+    assert d.classes == ("ant", "bee", "cat")
+    assert d.train_images.shape == (12, 3, 4, 5)
+    assert d.train_images.is_contiguous()
+    for channel in range(3):
+        assert np.array_equal(d.train_images[:, channel], arrays["x_train"][..., channel])
+    assert d.train_labels.shape == (12,)
+
+
+def test_npz_with_a_channel_axis_of_one_and_compressed_is_the_same_set(tmp_path):
+    arrays = keras_arrays()
+    write_npz(tmp_path / "plain.npz")
+    for part in ("x_train", "x_test"):
+        arrays[part] = arrays[part][..., None]
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    assert data.load("packed", tmp_path).sha256 == data.load("plain", tmp_path).sha256
+
+
+def test_bytes_and_numbers_are_good_class_names(tmp_path):
+    write_npz(tmp_path / "b.npz", classes=np.array([b"x", b"y", b"z"]))
+    write_npz(tmp_path / "n.npz", classes=np.array([5, 6, 7]))
+    assert data.load("b", tmp_path).classes == ("x", "y", "z")
+    assert data.load("n", tmp_path).classes == ("5", "6", "7")
+
+
+def test_where_the_root_is(tmp_path, monkeypatch):
+    assert data.root_folder() == tmp_path / "cache" / "bnnbook"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.root_folder() == Path.home() / ".cache" / "bnnbook"
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path / "env"))
+    assert data.root_folder() == tmp_path / "env"
+    assert data.root_folder(tmp_path / "here") == tmp_path / "here"
+    assert data.root_folder("~/sets") == Path.home() / "sets"
+
+
+def test_environment_variable_serves_load_and_the_argument_wins(tmp_path, monkeypatch):
+    for name, seed in (("env", 1), ("here", 2)):
+        (tmp_path / name).mkdir()
+        write_npz(tmp_path / name / "mine.npz", **keras_arrays(seed=seed))
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path / "env"))
+    one, other = data.load("mine"), data.load("mine", tmp_path / "here")
+    assert one.sha256 != other.sha256
+    assert np.array_equal(other.train_images[:, 0], keras_arrays(seed=2)["x_train"])
+
+
+@pytest.mark.parametrize("name", ["cifar11", "", "../mine", "sub/mine"])
+def test_unknown_name_lists_the_known_ones_and_the_files_found(tmp_path, name):
+    (tmp_path / "sub").mkdir()
+    write_npz(tmp_path / "sub" / "mine.npz")
+    write_npz(tmp_path / "bees.npz")
+    write_npz(tmp_path / "ants.npz")
+    with pytest.raises(ValueError, match="unknown data set") as caught:
+        data.load(name, tmp_path)
+    text = str(caught.value)
+    assert all(known in text for known in data.NAMES)
+    assert "ants, bees" in text
+    assert str(tmp_path) in text
+
+
+def test_unknown_name_where_there_is_no_root(tmp_path):
+    with pytest.raises(ValueError, match=r"none$"):
+        data.load("cifar11", tmp_path / "absent")
+
+
+BAD_ARRAYS = {
+    "missing array": ({"x_test": None}, "no array x_test"),
+    "float images": ({"x_train": np.zeros((12, 4, 5))}, "x_train is float64, must be uint8"),
+    "flat images": ({"x_train": np.zeros((12, 20), np.uint8)}, r"x_train has shape \(12, 20\)"),
+    "channels first": ({"x_train": np.zeros((12, 3, 4, 5), np.uint8)}, "x_train has shape"),
+    "float labels": ({"y_train": np.zeros(12)}, "y_train is float64, must be integers"),
+    "one-hot labels": ({"y_test": np.zeros((6, 3), np.uint8)}, r"y_test has shape \(6, 3\)"),
+    "too few labels": ({"y_train": np.zeros(11, np.uint8)}, "12 images for 11 labels"),
+    "no images": (
+        {"x_test": np.zeros((0, 4, 5), np.uint8), "y_test": np.zeros(0, np.uint8)},
+        "x_test has 0 images",
+    ),
+    "negative label": ({"y_test": np.array([0, 1, 2, 0, 1, -1])}, "test_labels holds labels -1"),
+    "too few classes": ({"classes": np.array(["a", "b"])}, "2 classes allow 0 to 1"),
+    "sizes differ": ({"x_test": np.zeros((6, 5, 5), np.uint8)}, "test_images and train_images"),
+    "object arrays": ({"classes": np.array(["a", "b", None], dtype=object)}, "allow_pickle"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_malformed_npz_is_named_and_left_alone(tmp_path, case):
+    changes, message = BAD_ARRAYS[case]
+    path = write_npz(tmp_path / "mine.npz", **changes)
+    before = path.read_bytes()
+    with pytest.raises(data.DataError, match=message) as caught:
+        data.load("mine", tmp_path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_npz_cut_anywhere_is_refused(tmp_path, compressed):
+    path = tmp_path / "mine.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **keras_arrays())
+    whole = path.read_bytes()
+    for size in [0, 1, 3, 50, *range(100, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(data.DataError, match="cannot be used") as caught:
+            data.load("mine", tmp_path)
+        assert str(path) in str(caught.value)
+        assert path.stat().st_size == size
+    path.write_bytes(whole)
+    assert len(data.load("mine", tmp_path).train_images) == 12
+
+
+def test_a_flipped_byte_inside_an_array_is_refused(tmp_path):
+    path = write_npz(tmp_path / "mine.npz")
+    raw = bytearray(path.read_bytes())
+    place = raw.index(keras_arrays()["x_train"].tobytes()) + 7
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(data.DataError, match="CRC"):
+        data.load("mine", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"not a zip file", b"PK\x03\x04garbage", b"\x80\x04K\x01."])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(data.DataError, match=r"mine\.npz cannot be used"):
+        data.load("mine", tmp_path)
+
+
+def test_a_single_array_is_refused(tmp_path):
+    with (tmp_path / "mine.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(data.DataError, match=r"single \.npy array"):
+        data.load("mine", tmp_path)
+
+
+# --- torchvision's layout ----------------------------------------------------------------------
+# The files are made up and torchvision's lists of MD5 sums are replaced by theirs; its integrity
+# check, its readers, and in the download tests its downloader, are the real ones.
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.tobytes()
+
+
+def fake_mnist(root, monkeypatch, kind=datasets.MNIST, archives=False):
+    arrays = keras_arrays(size=(28, 28), classes=10, n=20, m=10)
+    raw = root / kind.__name__ / "raw"
+    raw.mkdir(parents=True)
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    sums = []
+    for (name, _), key in zip(kind.resources, keys, strict=True):
+        (raw / name).write_bytes(gzip.compress(idx(arrays[key])))
+        sums.append((name, md5(raw / name)))
+        if not archives:
+            (raw / name).unlink()
+            (raw / name).with_suffix("").write_bytes(idx(arrays[key]))
+    monkeypatch.setattr(kind, "resources", sums)
+    return arrays
+
+
+class AsPython2(pickle.Pickler):
+    """Spells a dtype as Python 2's NumPy did in the real files."""
+
+    def reducer_override(self, value):
+        if isinstance(value, np.dtype):
+            return np.dtype, (value.str[1:], 0, 1), (3, "|", None, None, None, -1, -1, 0)
+        return NotImplemented
+
+
+# torchvision unpacks archives (after checking their MD5) without tarfile's filter argument.
+old_tar = pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter extracted tar")
+
+
+def fake_cifar(root, monkeypatch, kind=datasets.CIFAR10, archive=False):
+    fine = kind is datasets.CIFAR100
+    classes = 100 if fine else 10
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lists, images, labels = {}, {}, {}
+    for which in ("train_list", "test_list"):
+        lists[which], images[which], labels[which] = [], [], []
+        for name, _ in getattr(kind, which):
+            x = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+            y = rng.integers(0, classes, 20).tolist()
+            entry = {"data": x, "fine_labels" if fine else "labels": y}
+            with (folder / name).open("wb") as file:
+                AsPython2(file, protocol=2).dump(entry)
+            lists[which].append([name, md5(folder / name)])
+            images[which].append(x.reshape(20, 3, 32, 32))
+            labels[which] += y
+    meta = folder / kind.meta["filename"]
+    names = [f"class {i}" for i in range(classes)]
+    meta.write_bytes(pickle.dumps({kind.meta["key"]: names}))
+    for which, entries in lists.items():
+        monkeypatch.setattr(kind, which, entries)
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(meta)})
+    if archive:
+        with tarfile.open(root / kind.filename, "w:gz") as tar:
+            tar.add(folder, kind.base_folder)
+        monkeypatch.setattr(kind, "tgz_md5", md5(root / kind.filename))
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    arrays = [np.concatenate(images[w]) for w in ("train_list", "test_list")]
+    return *arrays, labels["train_list"], labels["test_list"]
+
+
+def fake_svhn(root, monkeypatch):
+    root.mkdir(parents=True, exist_ok=True)
+    splits, made = dict(datasets.SVHN.split_list), {}
+    for split, n in (("train", 20), ("test", 10)):
+        url, name, _ = splits[split]
+        x = np.random.default_rng(n).integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+        y = (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]  # SVHN writes the digit 0 as 10
+        scipy.io.savemat(root / name, {"X": x, "y": y})
+        splits[split], made[split] = [url, name, md5(root / name)], (x, y)
+    monkeypatch.setattr(datasets.SVHN, "split_list", splits)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("mnist", datasets.MNIST), ("fashion-mnist", datasets.FashionMNIST)]
+)
+def test_mnist_in_torchvisions_layout(tmp_path, monkeypatch, name, kind):
+    arrays = fake_mnist(tmp_path, monkeypatch, kind)
+    d = data.load(name, tmp_path)
+    assert np.array_equal(d.train_images[:, 0], arrays["x_train"])
+    assert np.array_equal(d.test_images[:, 0], arrays["x_test"])
+    assert np.array_equal(d.train_labels, arrays["y_train"])
+    assert np.array_equal(d.test_labels, arrays["y_test"])
+    assert d.classes == tuple("0123456789") if name == "mnist" else "Trouser" in d.classes
+    np.savez(tmp_path / "copy.npz", **arrays)
+    assert data.load("copy", tmp_path).sha256 == d.sha256  # the format does not matter
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_mnist_from_archives_is_unpacked_without_a_download(tmp_path, monkeypatch):
+    arrays = fake_mnist(tmp_path, monkeypatch, archives=True)
+    d = data.load("mnist", tmp_path)
+    assert np.array_equal(d.train_images[:, 0], arrays["x_train"])
+    names = {path.name for path in (tmp_path / "MNIST" / "raw").iterdir()}
+    assert len(names) == 8  # four archives, which are still there, and what was in them
+    assert not any(path.is_symlink() for path in (tmp_path / "MNIST" / "raw").iterdir())
+    assert not list(tmp_path.glob(".*"))
+    assert data.load("mnist", tmp_path).sha256 == d.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)]
+)
+@pytest.mark.parametrize("archive", [False, True])
+@old_tar
+def test_cifar_in_torchvisions_layout(tmp_path, monkeypatch, name, kind, archive):
+    x_train, x_test, y_train, y_test = fake_cifar(tmp_path, monkeypatch, kind, archive)
+    d = data.load(name, tmp_path)
+    assert np.array_equal(d.train_images, x_train)
+    assert np.array_equal(d.test_images, x_test)
+    assert d.train_labels.tolist() == y_train
+    assert d.test_labels.tolist() == y_test
+    assert d.classes[1] == "class 1"
+    assert len(d.classes) == (100 if name == "cifar100" else 10)
+
+
+def test_cifar_is_silent_where_numpy_warns_about_its_old_pickles(tmp_path, monkeypatch):
+    fake_cifar(tmp_path, monkeypatch)
+    real, calls = pickle.load, []
+
+    def load_as_numpy_2_4_0(file, **options):
+        calls.append(file)
+        message = "dtype(): align should be passed as Python or NumPy boolean but got `align=0`."
+        warnings.warn(message, np.exceptions.VisibleDeprecationWarning, stacklevel=2)
+        return real(file, **options)
+
+    monkeypatch.setattr(pickle, "load", load_as_numpy_2_4_0)
+    data.load("cifar10", tmp_path)
+    assert calls
+
+
+def test_svhn_in_torchvisions_layout(tmp_path, monkeypatch):
+    made = fake_svhn(tmp_path, monkeypatch)
+    d = data.load("svhn", tmp_path)
+    x, y = made["train"]
+    assert d.train_images.shape == (20, 3, 32, 32)
+    assert np.array_equal(d.train_images[7], x[:, :, :, 7].transpose(2, 0, 1))
+    assert d.train_labels.tolist() == (y[:, 0] % 10).tolist()
+    assert d.test_images.shape == (10, 3, 32, 32)
+
+
+def test_npz_comes_before_torchvisions_layout(tmp_path, monkeypatch):
+    fake_mnist(tmp_path, monkeypatch)
+    other = data.load("mnist", tmp_path)
+    write_npz(tmp_path / "mnist.npz")
+    assert data.load("mnist", tmp_path).train_images.shape == (12, 1, 4, 5)
+    assert other.train_images.shape == (20, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    "file", ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+)
+@pytest.mark.parametrize("size", [0, 3, 10, -1])
+def test_a_cut_mnist_file_is_named_and_left_alone(tmp_path, monkeypatch, file, size):
+    fake_mnist(tmp_path, monkeypatch)
+    path = tmp_path / "MNIST" / "raw" / file
+    path.write_bytes(path.read_bytes()[:size])
+    before = path.read_bytes()
+    with pytest.raises(data.DataError, match="damaged file") as caught:
+        data.load("mnist", tmp_path)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).count("ubyte") == 1  # the good files are not blamed
+    assert path.read_bytes() == before
+
+
+def test_mnist_labels_that_do_not_belong_to_the_images(tmp_path, monkeypatch):
+    fake_mnist(tmp_path, monkeypatch)
+    raw = tmp_path / "MNIST" / "raw"
+    (raw / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(19, np.uint8)))
+    with pytest.raises(data.DataError, match="train_labels has 19 entries for 20"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_changed_cifar_file_is_named_and_left_alone(tmp_path, monkeypatch):
+    fake_cifar(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:-5])
+    before = path.read_bytes()
+    with pytest.raises(data.DataError, match="data_batch_3") as caught:
+        data.load("cifar10", tmp_path)
+    assert "data_batch_2" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_changed_svhn_file_is_named(tmp_path, monkeypatch):
+    fake_svhn(tmp_path, monkeypatch)
+    path = tmp_path / "test_32x32.mat"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(data.DataError, match=r"test_32x32\.mat"):
+        data.load("svhn", tmp_path)
+    assert path.stat().st_size == 100
+
+
+# --- Download ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mnist", "MNIST/raw/train-images-idx3-ubyte.gz"),
+        ("fashion-mnist", "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz"),
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python.tar.gz"),
+        ("svhn", "train_32x32.mat"),
+    ],
+)
+def test_offline_says_where_to_put_the_files(tmp_path, name, file):
+    root = tmp_path / "sets"
+    with pytest.raises(data.DataError, match="could not be downloaded") as caught:
+        data.load(name, root)
+    text = str(caught.value)
+    assert file in text
+    assert str(root) in text
+    for word in (f"{name}.npz", "x_train", "BNNBOOK_DATA", "root="):
+        assert word in text, word
+    assert list(root.iterdir()) == []  # nothing half-made is left
+
+
+def test_a_root_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.DataError, match="BNNBOOK_DATA"):
+        data.load("mnist", tmp_path / "file" / "below")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve tmp_path/"remote" on this machine; yields (folder, address)."""
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_lands_in_torchvisions_layout(tmp_path, monkeypatch, server):
+    folder, address = server
+    arrays = fake_mnist(folder, monkeypatch, archives=True)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [address + "MNIST/raw/"])
+    root = tmp_path / "sets"
+    d = data.load("mnist", root)
+    assert np.array_equal(d.train_images[:, 0], arrays["x_train"])
+    assert sorted(p.name for p in (root / "MNIST" / "raw").iterdir()) == sorted(
+        name.removesuffix(".gz") for name, _ in datasets.MNIST.resources
+    )
+    assert [p.name for p in root.iterdir()] == ["MNIST"]
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [])
+    assert data.load("mnist", root).sha256 == d.sha256  # not downloaded again
+
+
+@old_tar
+def test_svhn_and_cifar_downloads(tmp_path, monkeypatch, server):
+    folder, address = server
+    fake_svhn(folder, monkeypatch)
+    fake_cifar(folder, monkeypatch, archive=True)
+    splits = {k: [address + n, n, s] for k, (_, n, s) in datasets.SVHN.split_list.items()}
+    monkeypatch.setattr(datasets.SVHN, "split_list", splits)
+    monkeypatch.setattr(datasets.CIFAR10, "url", address + datasets.CIFAR10.filename)
+    root = tmp_path / "sets"
+    assert len(data.load("svhn", root).train_images) == 20
+    assert len(data.load("cifar10", root).train_images) == 100
+    assert sorted(p.name for p in root.iterdir()) == [
+        "cifar-10-batches-py",
+        "test_32x32.mat",
+        "train_32x32.mat",
+    ]
+
+
+def test_a_download_with_a_wrong_checksum_is_refused_and_leaves_nothing(
+    tmp_path, monkeypatch, server
+):
+    folder, address = server
+    fake_mnist(folder, monkeypatch, archives=True)
+    archive = folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    archive.write_bytes(archive.read_bytes()[:-10])
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [address + "MNIST/raw/"])
+    with pytest.raises(data.DataError, match="corrupted"):
+        data.load("mnist", tmp_path / "sets")
+    assert list((tmp_path / "sets").iterdir()) == []
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(url, filename, *arguments):
+        Path(filename).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.load("cifar10", tmp_path / "sets")
+    assert list((tmp_path / "sets").iterdir()) == []
+
+
+def test_files_in_place_are_never_overwritten_by_a_download(tmp_path, monkeypatch, server):
+    folder, address = server
+    fake_mnist(folder, monkeypatch, archives=True)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [address + "MNIST/raw/"])
+    mine = tmp_path / "sets" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(data.DataError, match="train-labels-idx1-ubyte"):
+        data.load("mnist", tmp_path / "sets")
+    assert mine.read_bytes() == b"mine"
+
+
+# --- Batches -----------------------------------------------------------------------------------
+
+
+def numbered(n):
+    labels = torch.arange(n)
+    return labels.to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).contiguous(), labels
+
+
+def test_batches_in_order_without_a_generator():
+    images, labels = numbered(10)
+    sizes = [len(y) for _, y in data.batches(images, labels, 4)]
+    assert sizes == [4, 4, 2]
+    assert torch.cat([y for _, y in data.batches(images, labels, 4)]).tolist() == list(range(10))
+    assert [len(y) for _, y in data.batches(images, labels, 4, drop_last=True)] == [4, 4]
+    assert [len(y) for _, y in data.batches(images, labels, 5, drop_last=True)] == [5, 5]
+
+
+def test_batches_follow_one_permutation_of_the_generator():
+    images, labels = numbered(50)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    seen = [*data.batches(images, labels, 8, generator)]
+    assert torch.equal(torch.cat([y for _, y in seen]), order)
+    for x, y in seen:
+        assert x.dtype == torch.uint8
+        assert torch.equal(x[:, 0, 0, 0].long(), y)
+    second = torch.cat([y for _, y in data.batches(images, labels, 8, generator)])
+    assert not torch.equal(second, order)  # the next epoch has another order
+    assert sorted(second.tolist()) == list(range(50))
+    short = [*data.batches(images, labels, 8, torch.Generator().manual_seed(7), drop_last=True)]
+    assert torch.equal(torch.cat([y for _, y in short]), order[:48])
+
+
+def test_batches_refuse_at_once_what_cannot_work():
+    images, labels = numbered(10)
+    with pytest.raises(ValueError, match="at least 1"):
+        data.batches(images, labels, 0)
+    with pytest.raises(ValueError, match="10 images for 9 labels"):
+        data.batches(images, labels[:9], 2)
+    with pytest.raises(ValueError, match="no full batch"):
+        data.batches(images, labels, 11, drop_last=True)
+    meta = type("Generator", (), {"device": torch.device("cuda")})()
+    with pytest.raises(ValueError, match="CPU generator"):
+        data.batches(images, labels, 2, meta)
+
+
+# --- Augmentation and scaling ------------------------------------------------------------------
+
+
+def crop_twin(images, tops, lefts, flips, padding):
+    """The same, one pixel after the other."""
+    n, c, h, w = images.shape
+    out = np.zeros_like(images)
+    for i in range(n):
+        for k in range(c):
+            for row in range(h):
+                for column in range(w):
+                    y = row + tops[i] - padding
+                    x = (w - 1 - column if flips[i] else column) + lefts[i] - padding
+                    if 0 <= y < h and 0 <= x < w:
+                        out[i, k, row, column] = images[i, k, y, x]
+    return out
+
+
+@pytest.mark.parametrize(("shape", "padding"), [((9, 3, 6, 5), 2), ((25, 1, 4, 4), 0)])
+def test_crop_equals_the_loop_over_pixels(shape, padding):
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, shape, dtype=np.uint8)
+    tops, lefts = rng.integers(0, 2 * padding + 1, (2, shape[0]))
+    flips = rng.random(shape[0]) < 0.5
+    ours = data.crop(*map(torch.from_numpy, (images, tops, lefts, flips)), padding)
+    assert ours.dtype == torch.uint8
+    assert np.array_equal(ours, crop_twin(images, tops, lefts, flips, padding))
+
+
+def test_crop_at_the_centre_is_the_identity():
+    images = toy().train_images
+    middle, no = torch.full((12,), 3), torch.zeros(12, dtype=torch.bool)
+    assert torch.equal(data.crop(images, middle, middle, no, 3), images)
+    assert torch.equal(data.crop(images, middle, middle, ~no, 3), images.flip(3))
+
+
+def test_crop_flip_draws_every_offset_and_both_sides():
+    # One bright pixel in the middle of each image tells which window was cut.
+    images = torch.zeros(4000, 1, 9, 9, dtype=torch.uint8)
+    images[:, :, 4, 3] = 255
+    torch.manual_seed(0)
+    out = data.crop_flip(padding=2)(images)
+    assert out.shape == images.shape
+    _, _, rows, columns = out.nonzero(as_tuple=True)
+    assert len(rows) == 4000
+    assert set(rows.tolist()) == set(range(2, 7))
+    # Unflipped, the pixel lands in columns 1 to 5, flipped in 3 to 7.
+    counts = torch.bincount(columns, minlength=9).tolist()
+    expected = [0, 1, 1, 2, 2, 2, 1, 1, 0]
+    for count, tenths in zip(counts, expected, strict=True):
+        assert abs(count - 400 * tenths) < 5 * (400 * max(tenths, 0.01)) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(data.crop_flip(padding=2)(images), out)
+    assert not torch.equal(data.crop_flip(padding=2)(images), out)
+
+
+def test_crop_flip_without_flip_and_bad_padding():
+    images = toy(shape=(1, 5, 5)).train_images
+    assert torch.equal(data.crop_flip(padding=0, flip=False)(images), images)
+    with pytest.raises(ValueError, match="padding"):
+        data.crop_flip(padding=-1)
+
+
+def test_ranges():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    unit, signed = data.unit_range(x), data.signed_range(x)
+    assert unit.dtype == signed.dtype == torch.float32
+    assert (unit.min(), unit.max()) == (0, 1)
+    assert (signed.min(), signed.max()) == (-1, 1)
+    torch.testing.assert_close(signed, 2 * unit - 1, atol=1e-6, rtol=0)
+
+
+def test_subtract_mean_image_uses_the_training_images_only():
+    d = toy(n=2500, shape=(3, 4, 5))
+    preprocess = data.subtract_mean_image(d)
+    x = d.train_images.double() / 255
+    torch.testing.assert_close(
+        preprocess(d.train_images).double(), x - x.mean(0), atol=1e-6, rtol=0
+    )
+    assert preprocess(d.test_images).dtype == torch.float32
+    assert preprocess(d.train_images).double().mean(0).abs().max() < 1e-6
+
+
+def test_standardize_gives_each_channel_mean_0_and_deviation_1():
+    d = toy(n=2500, shape=(3, 4, 5))
+    d.train_images[:, 1] //= 3
+    mean, std = data.channel_statistics(d.train_images)
+    x = d.train_images.double() / 255
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), atol=1e-12, rtol=0)
+    torch.testing.assert_close(std, x.std((0, 2, 3), correction=0), atol=1e-12, rtol=0)
+    z = data.standardize(d)(d.train_images)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_a_constant_channel_cannot_be_standardized():
+    d = toy(shape=(3, 4, 5))
+    d.train_images[:, 2] = 9
+    with pytest.raises(ValueError, match="channel 2 is constant"):
+        data.standardize(d)
+
+
+@pytest.mark.skipif("BNNBOOK_TEST_DATA" not in os.environ, reason="BNNBOOK_TEST_DATA is not set")
+def test_the_real_mnist_and_cifar10():
+    root = os.environ["BNNBOOK_TEST_DATA"]
+    mnist, cifar = data.load("mnist", root), data.load("cifar10", root)
+    assert mnist.train_images.shape == (60000, 1, 28, 28)
+    assert cifar.train_images.shape == (50000, 3, 32, 32)
+    mean, std = data.channel_statistics(mnist.train_images)
+    assert [round(float(v), 4) for v in (mean, std)] == [0.1307, 0.3081]
+    mean, std = data.channel_statistics(cifar.train_images)
+    assert [round(v, 3) for v in mean.tolist()] == [0.491, 0.482, 0.447]
+    assert [round(v, 3) for v in std.tolist()] == [0.247, 0.243, 0.262]

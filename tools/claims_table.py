@@ -1,0 +1,163 @@
+"""The claims of all executed chapters as tables: `python -m tools.claims_table [--check]`.
+
+README.md gets a short table, book/what-holds.md a long one, each between two markers.
+"""
+
+import argparse
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from bnnbook import claims
+from tools.chapters import ROOT, BookError, write_atomically
+
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+
+
+@dataclass(frozen=True)
+class ChapterClaims:
+    """The claims of one chapter, in the order of its cells."""
+
+    path: Path
+    title: str
+    claims: list[dict[str, Any]]
+
+
+def collect(root: Path = ROOT) -> list[ChapterClaims]:
+    """The claims of every notebook that `_toc.yml` names, in its order."""
+    listed = [root / name for name in _toc_files(root / "_toc.yml") if name.endswith(".ipynb")]
+    missing = [path for path in listed if not path.is_file()]
+    if missing:
+        raise BookError(f"{missing[0]} is in _toc.yml but not there: run `make notebooks`")
+    unlisted = set((root / "notebooks").glob("*.ipynb")) - set(listed)
+    if unlisted:
+        raise BookError(f"{min(unlisted)} is not in _toc.yml: name it there, or remove it")
+    return [_chapter(path) for path in listed]
+
+
+def _chapter(path: Path) -> ChapterClaims:
+    notebook = nbformat.read(path, as_version=4)
+    lines = [line for cell in notebook.cells for line in cell.source.splitlines()]
+    title = next((line[2:].strip() for line in lines if line.startswith("# ")), path.stem)
+    try:
+        return ChapterClaims(path, title, claims.from_notebook(notebook))
+    except ValueError as error:
+        raise BookError(f"{path.name}: {error}") from error
+
+
+def _toc_files(path: Path) -> list[str]:
+    if not path.is_file():
+        raise BookError(f"{path} is missing: it orders the chapters")
+
+    def walk(node: Any) -> list[str]:
+        if isinstance(node, list):
+            return [name for child in node for name in walk(child)]
+        if isinstance(node, dict):
+            own = [node["file"]] if "file" in node else []
+            return own + [name for child in node.values() for name in walk(child)]
+        return []
+
+    return walk(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def short_table(chapters: list[ChapterClaims], site: str) -> str:
+    """Chapter, claim, the paper's number, ours, verdict; links to the published pages."""
+    rows = [
+        [
+            f"[{chapter.title}]({site}notebooks/{chapter.path.stem}.html)",
+            claim["statement"],
+            claim["paper"],
+            claim["measured"]["text"],
+            claim["verdict"],
+        ]
+        for chapter in chapters
+        for claim in chapter.claims
+    ]
+    return _table(["Chapter", "Claim", "Paper", "Ours", "Verdict"], rows)
+
+
+def long_table(chapters: list[ChapterClaims]) -> str:
+    """The short table's columns with n, spread and hardware; links inside the book."""
+    header = ["Chapter", "Claim", "Paper", "Ours", "n", "Spread", "Scale", "Hardware", "Verdict"]
+    rows = []
+    for chapter in chapters:
+        for claim in chapter.claims:
+            measured = claim["measured"]
+            rows.append(
+                [
+                    f"[{chapter.title}](../notebooks/{chapter.path.name})",
+                    claim["statement"] + (f" ({claim['source']})" if claim["source"] else ""),
+                    claim["paper"],
+                    measured["text"],
+                    measured["n"],
+                    measured["spread"],
+                    claim["scale"],
+                    claim["hardware"],
+                    claim["verdict"],
+                ]
+            )
+    return _table(header, rows)
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_field, line)) + " |" for line in lines)
+
+
+def _field(value: Any) -> str:
+    """A value inside one field of a Markdown table."""
+    if value is None or value == "":
+        return "—"
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def inserted(path: Path, table: str) -> str:
+    """The text of `path` with `table` between its markers."""
+    if not path.is_file():
+        raise BookError(f"{path} is missing: it holds a table of claims")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise BookError(f"{path}: needs the line `{BEGIN}` and after it `{END}`, each once")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+
+
+def outdated(root: Path = ROOT) -> dict[Path, str]:
+    """Files whose table is not what the notebooks say now, each with its right text."""
+    chapters = collect(root)
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = {
+        root / "README.md": short_table(chapters, project["urls"]["Homepage"]),
+        root / "book" / "what-holds.md": long_table(chapters),
+    }
+    texts = {path: inserted(path, table) for path, table in texts.items()}
+    return {path: new for path, new in texts.items() if new != path.read_text(encoding="utf-8")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.claims_table")
+    parser.add_argument("--check", action="store_true", help="only name tables out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        late = outdated(arguments.root)
+    except BookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path, text in late.items():
+        if arguments.check:
+            print(f"{path.name}: its table of claims is out of date: run `make notebooks`")
+        else:
+            write_atomically(path, text)
+            print(f"{path.name}: table of claims renewed")
+    return 1 if late and arguments.check else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
