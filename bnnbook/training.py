@@ -1,6 +1,7 @@
 """One loop: train, evaluate, checkpoint, resume. The images stay on the device as uint8."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -175,10 +176,9 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
             train_epoch(run)
             run.end_epoch()
             bar.set_postfix(run.summary())
+            run.save_when_due()
         bar.update(epochs - bar.n)
         run.save()
-        if run.stop is not None:  # asked for while the last epoch was evaluated
-            raise KeyboardInterrupt("stopped after the last epoch")
     return History(run.rows)
 
 
@@ -256,13 +256,18 @@ class _Run:
         return images
 
     def after_step(self) -> None:
-        """Look at the losses now and then; write a checkpoint when it is time or asked for."""
+        """Look at the losses now and then, and at whether a checkpoint is due."""
         if self.device.type == "cpu" or self.step % CHECK_EVERY == 0 or self.step == self.steps:
             self.check_losses()
+        if self.step < self.steps:  # after the last one the epoch is ended first
+            self.save_when_due()
+
+    def save_when_due(self) -> None:
+        """Write a checkpoint and stop, if that was asked for; or write one because it is time."""
         if self.stop is not None:
             self.check_losses()
             self.save()
-            raise KeyboardInterrupt(f"stopped in epoch {self.epoch + 1} after step {self.step}")
+            raise KeyboardInterrupt(f"stopped after {self.epoch} epochs and {self.step} steps")
         if self.checkpoint and time.monotonic() - self.saved > 60 * self.minutes:
             self.check_losses()
             self.save_if_possible()
@@ -396,18 +401,17 @@ class _Run:
 
 
 def _read_checkpoint(path: Path, device: torch.device) -> dict:
+    content = io.BytesIO(path.read_bytes())  # a file that cannot be opened is not a damaged one
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(content, map_location=device, weights_only=True)
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is {state['format']}, not {CHECKPOINT_FORMAT}")
-    except OSError:
-        raise
     except Exception as error:  # whatever unpickling a damaged file may raise
         aside = path.with_name(path.name + ".corrupt")
         path.replace(aside)
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({error}); it was moved to {aside.name}. "
-            "Run again to start from the beginning"
+            f"{path} is not a whole checkpoint ({type(error).__name__}); it was moved to "
+            f"{aside.name}. Run again to start from the beginning"
         ) from error
     return state
 

@@ -1,0 +1,373 @@
+"""The training loop: reproducible, resumable to the bit, and clear about what went wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from bnnbook import data, layers, optim, probes, training
+from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
+
+
+def dataset(n=60, seed=0, shape=(1, 4, 4)):
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(count):
+        images = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
+        return images, torch.randint(0, 3, (count,), generator=generator)
+
+    return data.Dataset(*part(n), *part(30), ("a", "b", "c"), "toy").hold_out(10)
+
+
+def setting(weights="stochastic", seed=0, kind=torch.optim.Adam, dropout=0.3, lr=0.01):
+    torch.manual_seed(seed)
+    model = binaryconnect_mlp(16, (8, 8), 3, weights=weights, dropout=dropout)
+    optimizer = kind(optim.glorot_scaled_groups(model, lr, 1))
+    optim.clip_after_step(optimizer, model)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return model, optimizer, scheduler
+
+
+def run(epochs=4, setting_=None, **options):
+    model, optimizer, scheduler = setting_ or setting()
+    options = {"batch_size": 10, "device": "cpu", "schedulers": [scheduler]} | options
+    options.setdefault("probes", [probes.FlipRatio(), probes.Saturation()])
+    options.setdefault("augment", data.crop_flip(padding=1))
+    history = training.train(model, options.pop("data", dataset()), optimizer, epochs=epochs,
+                             loss=layers.SquaredHingeLoss(), **options)  # fmt: skip
+    return model, history
+
+
+def without_time(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+def assert_same(first, second):
+    assert without_time(first[1]) == without_time(second[1])
+    for name, value in first[0].state_dict().items():
+        assert torch.equal(value, second[0].state_dict()[name]), name
+
+
+class StopAfter:
+    """A probe that presses Ctrl-C after so many steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def start(self, model):
+        pass
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def epoch(self):
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_one_row_an_epoch_with_the_documented_columns():
+    _, history = run(3)
+    assert isinstance(history.frame, pd.DataFrame)
+    assert list(history.frame.columns) == [
+        "epoch", "train_loss", "train_accuracy", "validation_accuracy", "test_accuracy", "lr",
+        "flip_ratio", "saturation", "seconds",
+    ]  # fmt: skip
+    assert list(history.frame.epoch) == [1, 2, 3]
+    assert history.frame.lr.tolist() == pytest.approx([0.01, 0.009, 0.0081])
+
+
+def test_best_epoch_is_the_last_of_equals():
+    rows = [{"epoch": e, "validation_accuracy": a} for e, a in ((1, 0.5), (2, 0.9), (3, 0.9))]
+    assert training.History(rows).best()["epoch"] == 3
+    with pytest.raises(ValueError, match="hold_out"):
+        training.History([{"epoch": 1}]).best()
+
+
+def test_the_seed_fixes_everything():
+    first, again, other = run(seed=1), run(seed=1), run(seed=2)
+    assert_same(first, again)
+    assert without_time(first[1]) != without_time(other[1])
+
+
+def test_training_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    made = setting()
+    torch.manual_seed(5)
+    run(1, made)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_loop_is_plain_pytorch():
+    """Against the loop spelled out, with the same permutations: bit for bit."""
+    toy = dataset()
+    model, history = run(3, setting("deterministic", dropout=0.0), data=toy, augment=None)
+    plain, optimizer, scheduler = setting("deterministic", dropout=0.0)
+    loss_function = layers.SquaredHingeLoss()
+    losses = []
+    for epoch in range(3):
+        order = training.epoch_order(50, seed=0, epoch=epoch)
+        total = 0.0
+        for index in order.split(10):
+            images = toy.train_images[index].float() / 255
+            loss = loss_function(plain(images), toy.train_labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() / 5
+        scheduler.step()
+        losses.append(total)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert history.frame.train_loss.tolist() == pytest.approx(losses, rel=1e-6)
+    assert history.rows[-1]["test_accuracy"] == training.evaluate(
+        plain, toy.test_images, toy.test_labels
+    )
+
+
+def test_epochs_visit_every_image_once_in_another_order():
+    first, second = (training.epoch_order(20, 3, epoch) for epoch in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(20))
+    assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7, 12])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_resumed_after_ctrl_c_equals_uninterrupted(tmp_path, steps, kind):
+    """Stopped within and at the end of an epoch: same history, same weights, bit for bit."""
+    path = tmp_path / "run.pt"
+    stop = StopAfter(steps)
+    same = [probes.FlipRatio(), probes.Saturation(), stop]
+    straight = run(4, setting(kind=kind), probes=[*same[:2], StopAfter(-1)])
+    with pytest.raises(
+        KeyboardInterrupt, match=f"after {steps // 5} epochs and {steps % 5} steps"
+    ):
+        run(4, setting(kind=kind), probes=same, checkpoint=path)
+    assert path.exists()
+    again = [probes.FlipRatio(), probes.Saturation(), StopAfter(-1)]
+    resumed = run(4, setting(kind=kind, seed=9), probes=again, checkpoint=path)
+    assert_same(straight, resumed)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+    path = tmp_path / "run.pt"
+    first = run(2, checkpoint=path)
+    again = run(2, checkpoint=path)
+    assert_same(first, again)
+
+
+def test_a_killed_run_loses_no_more_than_since_the_last_checkpoint(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(f"""
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+import time, test_training as t
+class Slow(t.StopAfter):
+    def step(self): time.sleep(0.02)
+print("started", flush=True)
+t.run(400, probes=[Slow(-1)], checkpoint={str(tmp_path / "run.pt")!r}, checkpoint_minutes=0.001)
+""")
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"started\n"
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert state["step"] + state["epoch"] > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other format"])
+def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
+    path = tmp_path / "run.pt"
+    run(1, checkpoint=path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-400])
+    elif damage == "other format":
+        torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"not a checkpoint")
+    kept = path.read_bytes()
+    with pytest.raises(training.CheckpointError, match=r"run\.pt.*moved to run\.pt\.corrupt"):
+        run(2, checkpoint=path)
+    assert not path.exists()
+    assert (tmp_path / "run.pt.corrupt").read_bytes() == kept
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, ("echo pwned",)
+
+    torch.save({"format": 1, "model": Payload()}, tmp_path / "run.pt")
+    with pytest.raises(training.CheckpointError, match="not a whole checkpoint"):
+        run(1, checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"seed": 1}, "seed"),
+    ({"batch_size": 25}, "batch_size"),
+    ({"data": dataset(seed=4)}, "data"),
+    ({"probes": []}, "probes"),
+    ({"setting_": setting(lr=0.5)}, "initial rates"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
+    run(1, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(training.CheckpointError, match=f"another run: its {name}"):
+        run(1, checkpoint=tmp_path / "run.pt", **change)
+    assert (tmp_path / "run.pt").exists()
+
+
+def test_a_full_disk_costs_only_the_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(training.torch, "save", full)
+    with (
+        pytest.warns(UserWarning, match="training goes on: .*No space left"),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        run(2, checkpoint=path, checkpoint_minutes=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path, step):
+    class Poison(StopAfter):
+        def start(self, model):
+            self.model = model
+
+        def step(self):
+            self.left -= 1
+            if self.left == 0:
+                with torch.no_grad():
+                    self.model[-1].bias.fill_(float("nan"))
+
+    path = tmp_path / "run.pt"
+    expected = rf"loss is nan in epoch 2, step {step + 1} of 5"
+    with pytest.raises(training.NonFiniteLossError, match=expected):
+        run(4, probes=[Poison(5 + step)], checkpoint=path, checkpoint_minutes=0)
+    saved = torch.load(path, weights_only=True)
+    assert all(torch.isfinite(v).all() for k, v in saved["model"][0].items() if "bias" not in k)
+    assert (saved["epoch"], saved["step"]) <= (1, step)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"epochs": 0}, "epochs must be at least 1"),
+    ({"batch_size": 0}, "batch_size must be from 1 to the 50"),
+    ({"batch_size": 51}, "batch_size must be from 1 to the 50"),
+    ({"device": "tpu9"}, "unknown device 'tpu9'; known: auto, cpu, cuda"),
+])  # fmt: skip
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_asked_for_and_absent():
+    with pytest.raises(ValueError, match="finds no CUDA GPU"):
+        training.choose_device("cuda")
+    assert training.choose_device("auto").type == "cpu"
+
+
+def test_no_optimizer():
+    with pytest.raises(ValueError, match="no optimizer"):
+        training.train(setting()[0], dataset(), (), epochs=1, batch_size=10, device="cpu")
+
+
+def test_two_optimizers_each_step():
+    model, _, _ = setting("deterministic")
+    binary, real = optim.split_parameters(model)
+    before = [p.detach().clone() for p in binary + real]
+    both = torch.optim.SGD(binary, lr=1.0), torch.optim.Adam(real, lr=0.1)
+    training.train(model, dataset(), both, epochs=1, batch_size=10, device="cpu")
+    assert all((a != b).any() for a, b in zip(before, binary + real, strict=True))
+
+
+def test_convolutions_and_test_model():
+    torch.manual_seed(0)
+    toy = dataset(shape=(3, 8, 8))
+    model = binaryconnect_cnn(3, widths=(4, 4), hidden=8, image_size=8)
+    seen = []
+    history = training.train(
+        model, toy, torch.optim.Adam(model.parameters()), epochs=2, batch_size=10, device="cpu",
+        augment=data.crop_flip(padding=1), test_model=lambda m: seen.append(m) or m,
+    )  # fmt: skip
+    assert seen == [model, model]
+    assert len(history.rows) == 2
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_training_learns_the_same(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
+    torch._dynamo.reset()
+    plain = run(2, setting("deterministic", dropout=0.0), augment=None)
+    compiled = run(2, setting("deterministic", dropout=0.0), augment=None, compile=True)
+    losses = [m[1].frame.train_loss.tolist() for m in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_reestimated_statistics_are_those_of_the_images():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 2))
+    images = dataset(n=60).train_images
+    training.reestimate_batchnorm(model, images, batch_size=len(images))
+    x = images.flatten(1) / 255
+    assert torch.allclose(model[1].running_mean, x.mean(0))
+    assert torch.allclose(model[1].running_var, x.var(0))
+    assert model.training
+    assert model[1].momentum == 0.1
+
+
+def test_predict_restores_the_mode_and_keeps_the_statistics():
+    model = setting()[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    outputs = training.predict(model, dataset().test_images, batch_size=7)
+    assert outputs.shape == (30, 3)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_progress_bar_without_a_terminal(capfd):
+    run(1)
+    assert capfd.readouterr() == ("", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(1, progress=True)
+    assert "epoch" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_cuda_trains_and_resumes(tmp_path):
+    def once(**options):
+        model = setting()[0].cuda()
+        optimizer = torch.optim.Adam(optim.glorot_scaled_groups(model, 0.01, 1))
+        history = training.train(model, dataset(), optimizer, epochs=4, batch_size=10,
+                                 device="cuda", **options)  # fmt: skip
+        return model, history
+
+    straight = once(probes=[StopAfter(-1)])
+    with pytest.raises(KeyboardInterrupt):
+        once(probes=[StopAfter(7)], checkpoint=tmp_path / "run.pt")
+    assert_same(straight, once(probes=[StopAfter(-1)], checkpoint=tmp_path / "run.pt"))
