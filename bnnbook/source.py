@@ -1,11 +1,46 @@
 """The library's own text, shown in a chapter, so that nothing is typed twice."""
 
+import ast
 import inspect
+import textwrap
+from pathlib import Path
 
 
 def show(*objects) -> None:
-    """Display the source of functions or classes as highlighted code in a notebook."""
+    """Display functions or classes as highlighted code in a notebook, without their docstrings.
+
+    The chapter says beside it what a docstring would; the docstrings are in the library.
+    """
     from IPython.display import Markdown, display
 
-    text = "\n\n".join(inspect.getsource(each).rstrip() for each in objects)
-    display(Markdown(f"```python\n{text}\n```"))
+    files = dict.fromkeys(Path(inspect.getsourcefile(each)).name for each in objects)
+    text = "\n\n\n".join(without_docstrings(inspect.getsource(each)) for each in objects)
+    display(Markdown(f"```python\n# {', '.join(files)}\n{text}\n```"))
+
+
+def without_docstrings(source: str) -> str:
+    r"""Return the source of a function or class without docstrings and layout marks.
+
+    >>> print(without_docstrings('def f(x):\n    "Return x."\n    return x\n'))
+    def f(x):
+        return x
+    """
+    source = textwrap.dedent(source)
+    lines = source.replace("  # fmt: skip", "").splitlines()
+    for node in ast.walk(ast.parse(source)):
+        documented = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node)
+        if documented and len(node.body) > 1:
+            docstring = node.body[0]
+            for number in range(docstring.lineno - 1, docstring.end_lineno):
+                lines[number] = None
+    kept = [line for line in lines if line is not None]
+    return "\n".join(_without_leading_blanks(kept))
+
+
+def _without_leading_blanks(lines: list[str]) -> list[str]:
+    """Drop the blank lines that a cut docstring leaves right below its def or class line."""
+    return [
+        line
+        for i, line in enumerate(lines)
+        if line.strip() or (i and not lines[i - 1].rstrip().endswith(":"))
+    ]

@@ -40,6 +40,18 @@ PAPER = {
 }  # fmt: skip
 
 
+def paper_error(table: str, variant: str) -> str:
+    """Return the paper's test error as text, "–" where its table is blank.
+
+    >>> paper_error("table2 mnist", "stochastic"), paper_error("table1", "sgd")
+    ('1.18 ± 0.04 %', '–')
+    """
+    known = PAPER[table].get(variant)
+    mean, spread = known if isinstance(known, tuple) else (known, None)
+    spread = "" if spread is None else f" ± {spread:.2f}"
+    return "–" if mean is None else f"{mean:.2f}{spread} %"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The settings of one training run, complete."""
