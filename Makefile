@@ -14,6 +14,8 @@ READY := .venv/.ready
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 NBVAL := --nbval-lax --nbval-current-env notebooks
+# The stored outputs are a CPU's, and from the shipped records.
+CPU := CUDA_VISIBLE_DEVICES= BNNBOOK_RESULTS=
 PORT ?= 8000
 
 help: ## list the targets
@@ -21,23 +23,31 @@ help: ## list the targets
 
 setup: $(READY) ## create .venv with the locked packages
 
+# One recipe, one shell: it holds the lock (file descriptor 9) until the packages are installed.
 $(READY): requirements.lock pyproject.toml
-	@rm -f $(READY)
-	@if ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	  for python in "$(PYTHON)" python3.13 python3.12 python3.11 none; do \
-	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
-	  done; \
-	  if test "$$python" = none; then \
-	    echo "error: $(PYTHON) is no Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
-	    exit 1; \
-	  fi; \
+	@set -eu -o pipefail; mkdir -p .cache; \
+	for python in "$(PYTHON)" python3.13 python3.12 python3.11 none; do \
+	  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break; \
+	done; \
+	if test "$$python" = none; then \
+	  echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; \
+	fi; \
+	exec 9> .cache/setup.lock; \
+	"$$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || { \
+	  echo "another make is installing the packages; waiting for it"; \
+	  "$$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'; }; \
+	if test $(READY) -nt requirements.lock && test $(READY) -nt pyproject.toml \
+	    && test "$$(cat $(READY))" = "$(CURDIR)"; then exit 0; fi; \
+	rm -f $(READY); \
+	if ! $(PY) -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
 	  echo "creating .venv with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear .venv; \
-	fi
-	@echo "installing the locked packages (about 5 GB with PyTorch; minutes the first time)"
-	@$(PIP) -r requirements.lock 2>&1 | $(PY) -m tools.installing
-	@$(PIP) --no-build-isolation -e . 2>&1 | $(PY) -m tools.installing
-	@pwd > $(READY)
+	fi; \
+	echo "installing the locked packages (about 5 GB with PyTorch; minutes the first time)"; \
+	$(PIP) -r requirements.lock 2>&1 | $(PY) -m tools.installing; \
+	$(PIP) --no-build-isolation -e . 2>&1 | $(PY) -m tools.installing; \
+	pwd -P > $(READY)
 
 # A folder that was moved needs its packages' paths renewed.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
@@ -55,10 +65,11 @@ site: setup ## build _build/html from notebooks/ as they are (STRICT=1: anew, wa
 	@$(PY) -m tools.website $(if $(STRICT),--strict)
 
 test: lint site ## every check: style, tests, doctests, and the notebooks against their outputs
-	@$(ONE_THREAD) $(PYTEST) --doctest-modules tests bnnbook $(NBVAL)
+	@$(ONE_THREAD) $(PYTEST) --doctest-modules tests bnnbook
+	@$(CPU) $(ONE_THREAD) $(PYTEST) $(NBVAL)
 
 test-portable: setup ## the notebooks once more with all threads and an older CPU's instructions
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(NBVAL)
+	@$(CPU) ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(NBVAL)
 
 lint: setup ## style of the code
 	@$(PY) -m ruff check .

@@ -176,7 +176,11 @@ def three_digits(mean: float, spread: float | None = None) -> str:
 
     >>> three_digits(0.98765, 0.0123), three_digits(98.765), three_digits(1.5, 0.0001)
     ('0.988 ± 0.012', '98.8', '1.50 ± 0.0001')
+    >>> three_digits(0.142, 1e-17), three_digits(0.142, math.nan)
+    ('0.142 ± 0.000', '0.142')
     """
+    if spread is not None and not spread > 1e-9 * abs(mean):  # rounding, or the NaN of one run
+        spread = None if math.isnan(spread) else 0.0
     size = max(abs(mean), spread or 0) or 1.0
     decimals = 2 - math.floor(math.log10(size))
     if not 0 <= decimals <= 6:

@@ -54,7 +54,9 @@ def run(
     from bnnbook import experiments, records
 
     _use_data(data)
-    _, variants, _ = experiments.find(experiment)
+    _, variants, recipes = experiments.find(experiment)
+    _check_known("variant", variant or (), variants)
+    _check_known("scale", [scale], recipes)
     for number in seed or [0]:
         for name in variant or variants:
             there = records.find(experiment, name, number, results, scale)
@@ -108,19 +110,29 @@ def _run_one(experiment, variant, seed, scale, epochs, device, results, runs: Pa
     from bnnbook import experiments, records
 
     function, _, _ = experiments.find(experiment)
-    checkpoint = runs / f"{experiment}-{variant}-{scale}-seed{seed}.pt"
+    # The number of epochs sets how fast the learning rate falls: another number is another run.
+    length = "" if epochs is None else f"-{epochs}epochs"
+    checkpoint = runs / f"{experiment}-{variant}-{scale}{length}-seed{seed}.pt"
+    runs.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had is an error right away
     what = f"{experiment} {variant} seed {seed} ({scale} scale)"
     typer.echo(f"{what}{' continues' if checkpoint.exists() else ''} ...")
     try:
         done = function(variant, seed=seed, scale=scale, epochs=epochs, device=device,
                         checkpoint=checkpoint)  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo(f"stopped; {checkpoint} holds the run, the same command continues it", err=True)
+        where = f"{checkpoint} holds the run, the same command continues it"
+        typer.echo(f"stopped; {where if checkpoint.exists() else 'nothing was saved'}", err=True)
         raise typer.Exit(130) from None
     path = records.save(done, results, overwrite=True)
     checkpoint.unlink(missing_ok=True)
     typer.echo(f"{what}: test error {100 * done.metrics['test_error']:.2f} %, "
                f"{done.seconds:.0f} s on {done.environment['device']} -> {path}")  # fmt: skip
+
+
+def _check_known(what: str, names, known) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
 def _is_recorded(experiment: str, variant: str, seed: int, results: Path | None) -> bool:

@@ -61,7 +61,11 @@ class BinaryLayer:
 
 def _name(quantizer: Quantizer) -> str:
     function = getattr(quantizer, "func", quantizer)  # functools.partial keeps the function inside
-    return getattr(function, "__name__", type(function).__name__)
+    name = getattr(function, "__name__", type(function).__name__)
+    options = getattr(quantizer, "keywords", {})
+    return name + (
+        "(" + ", ".join(f"{k}={v}" for k, v in options.items()) + ")" if options else ""
+    )
 
 
 class BinaryLinear(BinaryLayer, nn.Linear):

@@ -32,7 +32,7 @@ def quantizer(function: Callable, ax: Axes, *, span: float = 2.0, points: int = 
     y = function(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     x, y = x.detach(), y.detach()
-    if (y[1:] != y[:-1]).sum() > 2:  # many jumps: draws, not a step function
+    if len(y.unique()) == 2 and (y[1:] != y[:-1]).sum() > 2:  # draws, not a step function
         ax.plot(x, y, ".", ms=2.5, color="C0", label="forward, one draw each")
     else:
         ax.step(x, y, where="post", color="C0", label="forward")

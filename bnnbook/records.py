@@ -33,6 +33,10 @@ class RecordError(RuntimeError):
     """A record cannot be written, or its file is damaged."""
 
 
+class _NewerFormatError(ValueError):
+    """A record was written by a later version of this library."""
+
+
 @dataclass(kw_only=True)
 class Record:
     """One run: what was run, on what, and what came out.
@@ -290,10 +294,15 @@ def _six_digits(value: Any) -> Any:
 
 
 def read(path: str | os.PathLike) -> Record:
-    """Read one record; a damaged file is moved aside to NAME.json.corrupt, with a RecordError."""
+    """Read one record; a damaged file is moved aside to NAME.json.corrupt, with a RecordError.
+
+    A record of a later format is refused too, and left where it is.
+    """
     path = Path(path)
     try:
         return _parse(path.read_text(encoding="utf-8"))
+    except _NewerFormatError as error:  # not damaged: it stays where it is
+        raise RecordError(f"{path}: {error}; install the newest bnnbook") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise RecordError(f"{path} is damaged: {error}; {_move_aside(path)}") from error
 
@@ -315,6 +324,8 @@ def _parse(text: str) -> Record:
     value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
+    if type(value.get("format")) is int and value["format"] > FORMAT:
+        raise _NewerFormatError(f"its format is {value['format']}, this version reads {FORMAT}")
     if value.get("format") != FORMAT:
         raise ValueError(f"its format is {value.get('format')!r}, this version reads {FORMAT}")
     names = [f.name for f in fields(Record)]

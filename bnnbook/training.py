@@ -1,8 +1,11 @@
 """One loop: train, evaluate, checkpoint, resume. The images stay on the device as uint8."""
 
 import contextlib
+import hashlib
 import io
 import os
+import pickle
+import re
 import signal
 import sys
 import threading
@@ -19,8 +22,12 @@ from tqdm import tqdm
 
 from bnnbook.data import Dataset, unit_range
 
-CHECK_EVERY = 64  # steps between two looks at the losses on an accelerator; each look waits for it
+CHECK_EVERY = 64  # steps between two looks at the losses; on an accelerator each look waits for it
+SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # beside the progress bar
 CHECKPOINT_FORMAT = 1
+# What torch.load raises for a file that is cut short or none of its own.
+DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
+          ValueError)  # fmt: skip
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -51,9 +58,10 @@ class History:
 
     def best(self) -> dict:
         """Return the epoch with the best validation accuracy, of equals the later one."""
-        if not self.rows or "validation_accuracy" not in self.rows[0]:
+        rows = [row for row in self.rows if "validation_accuracy" in row]
+        if not rows:
             raise ValueError("no validation accuracy: train on data.hold_out(n)")
-        return max(self.rows, key=lambda row: (row["validation_accuracy"], row["epoch"]))
+        return max(rows, key=lambda row: (row["validation_accuracy"], row["epoch"]))
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -63,12 +71,15 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA GPU; use 'cpu'")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise ValueError(f"unknown device {str(device)!r}; known: auto, cpu, cuda, cuda:N")
+    device = torch.device(device)
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ValueError(
+            f"device '{device}' was asked for, but torch finds {found or 'no'} CUDA GPU"
+            f"{'s' if found > 1 else ''}; use 'cpu'{' or a lower number' if found else ''}"
+        )
     return device
 
 
@@ -80,6 +91,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if bfloat16 else torch.float16
 
 
+def precision(device: torch.device) -> str:
+    """Return the name of the type that training computes in on a device.
+
+    >>> precision(torch.device("cpu"))
+    'float32'
+    """
+    return str(autocast_dtype(device) or torch.float32).removeprefix("torch.")
+
+
 def _autocast(device: torch.device, enabled: bool = True):
     dtype = autocast_dtype(device)
     return torch.autocast(device.type, dtype, enabled=enabled and dtype is not None)
@@ -88,14 +108,13 @@ def _autocast(device: torch.device, enabled: bool = True):
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
             batch_size: int = 1000) -> Tensor:  # fmt: skip
-    """Return the model's outputs in evaluation mode, float32, shape (N, classes)."""
+    """Return the model's outputs in evaluation mode, computed in float32, (N, classes)."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     try:
-        with _autocast(device):
-            batches = (preprocess(part.to(device)) for part in images.split(batch_size))
-            outputs = [model(batch).float() for batch in batches]
+        batches = (preprocess(part.to(device)) for part in images.split(batch_size))
+        outputs = [model(batch).float() for batch in batches]
     finally:
         model.train(training)
     return torch.cat(outputs)
@@ -115,6 +134,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> flo
     return accuracy(predict(model, images, **options), labels)
 
 
+@torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
                          batch_size: int = 1000) -> nn.Module:  # fmt: skip
     """Collect batch-norm statistics anew by a clean pass over the images; returns the model.
@@ -124,25 +144,30 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     """
     device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, norm.training) for norm in norms]
     training = model.training
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch: the plain average over all batches seen
         norm.train()
-    with torch.no_grad(), _autocast(device):
-        for part in images.split(batch_size):
+    try:
+        # parts of equal size, because each counts the same
+        for part in images.tensor_split(-(-len(images) // batch_size)):
             model(preprocess(part.to(device)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.train(training)
+    finally:
+        model.train(training)
+        for norm, (momentum, mode) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(mode)
+    return model
 
 
 def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_size: int,
           loss: Callable = cross_entropy, augment: Callable | None = None,
           preprocess: Callable = unit_range, schedulers: Iterable = (), probes: Sequence = (),
-          test_model: Callable[[nn.Module], nn.Module] | None = None, seed: int = 0,
+          test_model: Callable[[nn.Module], nn.Module] | None = None, evaluate_every: int = 1,
+          seed: int = 0,
           device=None, autocast: bool = True, compile: bool = False,
           checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float = 5.0,
           progress: bool | None = None) -> History:  # fmt: skip
@@ -156,17 +181,19 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     schedulers: torch schedulers; each steps once an epoch.
     probes: see `bnnbook.probes`.
     test_model: makes from the model the network that is evaluated after an epoch; default itself.
+    evaluate_every: evaluate after every so many epochs, and after the last.
     device: "cpu", "cuda", or None for the best there is.
     autocast: on CUDA, compute in the type `autocast_dtype` chooses. compile: use torch.compile.
-    checkpoint: a file. If it is there, the run continues from it, to the very same numbers; it is
-    written every ``checkpoint_minutes``, at the end, and on Ctrl-C after the step in progress.
+    checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
+    all randomness comes from torch's global generators); it is written every
+    ``checkpoint_minutes``, at the end, and on Ctrl-C after the step in progress.
     progress: a bar; by default only on a terminal and on Colab.
 
     Raises NonFiniteLossError, CheckpointError, and ValueError for arguments that make no sense.
     """
     run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
                augment=augment, preprocess=preprocess, schedulers=tuple(schedulers),
-               probes=tuple(probes), test_model=test_model, seed=seed,
+               probes=tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
                device=choose_device(device), autocast=autocast, compile=compile,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
     with _reproducible(run.device, seed), _stop_signals(run), _bar(run, progress) as bar:
@@ -225,7 +252,7 @@ class _Run:
     def __init__(self, model, data, optimizers, *, epochs, batch_size, checkpoint, minutes, device,
                  seed, compile, **settings):  # fmt: skip
         self.optimizers = _as_tuple(optimizers)
-        _validate(data, self.optimizers, epochs, batch_size, model, device)
+        _validate(data, self.optimizers, epochs, settings["every"], batch_size, model, device)
         self.__dict__.update(settings)
         self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
         self.epochs, self.batch_size = epochs, batch_size
@@ -243,6 +270,8 @@ class _Run:
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch = self.step = 0
         self.rows: list[dict] = []
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # what an earlier loop left behind
         self.started = self.saved = time.monotonic()
         for probe in self.probes:
             probe.start(model)
@@ -257,7 +286,7 @@ class _Run:
 
     def after_step(self) -> None:
         """Look at the losses now and then, and at whether a checkpoint is due."""
-        if self.device.type == "cpu" or self.step % CHECK_EVERY == 0 or self.step == self.steps:
+        if self.step % CHECK_EVERY == 0 or self.step == self.steps:
             self.check_losses()
         if self.step < self.steps:  # after the last one the epoch is ended first
             self.save_when_due()
@@ -288,7 +317,7 @@ class _Run:
             "epoch": self.epoch + 1,
             "train_loss": self.losses.mean().item(),
             "train_accuracy": self.hits.item() / (self.steps * self.batch_size),
-            **self.accuracies(),
+            **(self.accuracies() if self.is_evaluated() else {}),
             "lr": self.optimizers[0].param_groups[-1]["lr"],
         }
         for probe in self.probes:
@@ -296,10 +325,16 @@ class _Run:
         for scheduler in self.schedulers:
             scheduler.step()
         now = time.monotonic()
-        self.rows.append({**row, "seconds": now - self.started})
+        row["seconds"] = now - self.started
+        # plain numbers only: a NumPy scalar could be saved, but not loaded safely
+        self.rows.append({k: v.item() if hasattr(v, "item") else v for k, v in row.items()})
         self.started = now
         self.epoch, self.step = self.epoch + 1, 0
         self.hits.zero_()
+
+    def is_evaluated(self) -> bool:
+        """Return whether the current epoch is one to evaluate after."""
+        return (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.epochs
 
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies of the network that `test_model` makes."""
@@ -314,14 +349,18 @@ class _Run:
 
     def summary(self) -> dict[str, str]:
         """Return the last row in short, for the progress bar."""
-        row = self.rows[-1]
-        return {"loss": f"{row['train_loss']:.4f}", "test": f"{row['test_accuracy']:.4f}"}
+        return {k: f"{v:.4f}" for k, v in self.rows[-1].items() if k in SHOWN}
 
     def identity(self) -> dict:
         """Return what must agree for a checkpoint to continue this run."""
+        labels = self.labels.cpu().numpy().tobytes()
         return {
             "data": f"{self.data.name} {self.data.sha256}",
-            "training images": len(self.labels),
+            "training images": f"{len(self.labels)} {hashlib.sha256(labels).hexdigest()}",
+            "network": repr(self.model),
+            "loss": repr(self.loss) if isinstance(self.loss, nn.Module) else _name(self.loss),
+            "augmentation": _name(self.augment),
+            "epochs": self.epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "parameters": [tuple(p.shape) for p in self.model.parameters()],
@@ -332,6 +371,8 @@ class _Run:
                 for group in optimizer.param_groups
             ],
             "probes": [type(probe).__name__ for probe in self.probes],
+            "schedulers": [type(scheduler).__name__ for scheduler in self.schedulers],
+            "precision": precision(self.device) if self.autocast else "float32",
             "device type": self.device.type,
         }
 
@@ -379,15 +420,13 @@ class _Run:
         """Continue from the checkpoint if there is one."""
         if not self.checkpoint or not self.checkpoint.exists():
             return
-        state = _read_checkpoint(self.checkpoint, self.device)
+        state = _read_checkpoint(self.checkpoint)
         for name, value in self.identity().items():
             if state["identity"].get(name) != value:
                 raise CheckpointError(
                     f"{self.checkpoint} belongs to another run: its {name} is "
                     f"{state['identity'].get(name)}, here it is {value}; remove it to start anew"
                 )
-        if (state["epoch"], state["step"]) > (self.epochs, 0):
-            raise CheckpointError(f"{self.checkpoint} is at epoch {state['epoch']} already")
         for name, parts in self.parts().items():
             for part, saved in zip(parts, state[name], strict=True):
                 part.load_state_dict(saved)
@@ -400,20 +439,28 @@ class _Run:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
 
-def _read_checkpoint(path: Path, device: torch.device) -> dict:
+def _read_checkpoint(path: Path) -> dict:
     content = io.BytesIO(path.read_bytes())  # a file that cannot be opened is not a damaged one
     try:
-        state = torch.load(content, map_location=device, weights_only=True)
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {state['format']}, not {CHECKPOINT_FORMAT}")
-    except Exception as error:  # whatever unpickling a damaged file may raise
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        number = state["format"]
+    except DAMAGE as error:
         aside = path.with_name(path.name + ".corrupt")
         path.replace(aside)
         raise CheckpointError(
             f"{path} is not a whole checkpoint ({type(error).__name__}); it was moved to "
             f"{aside.name}. Run again to start from the beginning"
         ) from error
+    if number != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {number}, this version reads {CHECKPOINT_FORMAT}: use "
+            "the version of bnnbook that wrote it, or remove it to start anew"
+        )
     return state
+
+
+def _name(function: Callable | None) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _as_tuple(optimizers) -> tuple:
@@ -422,9 +469,11 @@ def _as_tuple(optimizers) -> tuple:
     return tuple(optimizers)
 
 
-def _validate(data, optimizers, epochs, batch_size, model, device) -> None:
+def _validate(data, optimizers, epochs, every, batch_size, model, device) -> None:
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
+    if every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, not {every}")
     if not 1 <= batch_size <= len(data.train_labels):
         raise ValueError(
             f"batch_size must be from 1 to the {len(data.train_labels)} training images, "

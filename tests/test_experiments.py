@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +28,8 @@ METRICS = {"test_error", "validation_error", "best_epoch", "last_test_error", "t
 MODES = {f"error, {mode}" for mode in ("sign", "real", "real, training statistics", "one sample",
                                        "ensemble")}  # fmt: skip
 REAL = ("none", "dropout")
+# Small, and the same whatever the experiments' own recipes become: an epoch has 20 steps.
+TINY = replace(binaryconnect.SMALL, hidden=(32, 32), epochs=3, batch_size=50, validation=300)
 
 
 @functools.cache
@@ -38,7 +41,7 @@ def once(name, variant, seed=0):
 @functools.cache
 def fitted(weights="deterministic", clip=True):
     """A small network after one epoch; shared like the records of `once`."""
-    recipe = replace(binaryconnect.SMALL, hidden=(32, 32), epochs=1, clip=clip)
+    recipe = replace(TINY, epochs=1, clip=clip)
     return binaryconnect.fit(recipe, weights, device="cpu")
 
 
@@ -63,8 +66,7 @@ def started(monkeypatch):
 
 
 def use_tiny(monkeypatch, experiment, **changes):
-    recipe = replace(binaryconnect.SMALL, hidden=(32, 32), epochs=3)
-    monkeypatch.setitem(binaryconnect.RECIPES, experiment, {"small": replace(recipe, **changes)})
+    monkeypatch.setitem(binaryconnect.RECIPES, experiment, {"small": replace(TINY, **changes)})
 
 
 def press_ctrl_c_at(step, monkeypatch):
@@ -109,7 +111,7 @@ def test_an_unknown_variant_or_scale_lists_the_known(name):
     with pytest.raises(ValueError, match=f"unknown scale 'huge'.*{', '.join(recipes)}"):
         function(scale="huge")
     if "full" not in recipes:
-        with pytest.raises(ValueError, match="unknown scale 'full'.*known: small"):
+        with pytest.raises(ValueError, match=r"unknown scale 'full'.*known: small"):
             function(scale="full")
 
 
@@ -132,9 +134,12 @@ def test_a_record_is_complete(name, variant):
     assert record.seconds >= 0
     assert abs((datetime.now().astimezone() - datetime.fromisoformat(record.started)).days) <= 1
     assert record.environment["device"] == records.cpu_model()
-    assert set(record.recipe) == set(asdict(recipe))
-    assert record.recipe["epochs"] == 1
     binary = variant not in REAL
+    assert set(record.recipe) == {*asdict(recipe), "weights", "dropout", "precision"}
+    kind = "stochastic" if variant == "stochastic" else "deterministic"
+    assert record.recipe["weights"] == (kind if binary else "real")
+    assert record.recipe["dropout"] == 0.5 * (variant == "dropout")
+    assert (record.recipe["epochs"], record.recipe["precision"]) == (1, "float32")
     (row,) = record.history
     assert set(row) == COLUMNS | ({"flip_ratio", "saturation"} if binary else set())
     modes = MODES if binary and name.endswith("table2") else set()
@@ -236,7 +241,8 @@ def test_table1_has_the_optimizers_and_rates_that_its_names_say(variant, started
     rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
     assert rates.keys() == {id(p) for p in run.model.parameters()}
     layers = list(binary_layers(run.model))
-    assert [tuple(layer.weight.shape) for layer in layers] == [(128, 64), (128, 128), (10, 128)]
+    widths = [64, *binaryconnect.RECIPES["table1"]["small"].hidden, 10]
+    assert [tuple(layer.weight.shape[::-1]) for layer in layers] == list(pairwise(widths))
     for layer in layers:
         c = math.sqrt(1.5 / sum(layer.weight.shape))
         assert rates.pop(id(layer.weight)) == pytest.approx(0.01 / c**power)
@@ -276,9 +282,10 @@ def test_table2s_networks(variant, started):
     binaryconnect.table2(variant, device="cpu")
     model = started[0].model
     drops = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
-    assert drops == ([0.5, 0.5] if variant == "dropout" else [])
+    hidden = binaryconnect.RECIPES["table2"]["small"].hidden
+    assert drops == ([0.5] * len(hidden) if variant == "dropout" else [])
     layers = list(binary_layers(model))
-    assert len(layers) == (0 if variant in REAL else 3)
+    assert len(layers) == (0 if variant in REAL else len(hidden) + 1)
     for layer in layers:
         draws = [layer.binary_weight() for _ in range(2)]
         assert set(draws[0].unique().tolist()) == {-1.0, 1.0}
@@ -288,8 +295,19 @@ def test_table2s_networks(variant, started):
 def test_a_real_network_starts_as_glorot_says(started):
     binaryconnect.table2("none", device="cpu")
     weight = started[0].model[1].weight.detach()
-    bound = math.sqrt(6 / (64 + 256))
+    bound = math.sqrt(6 / (64 + len(weight)))
     assert 0.99 * bound < weight.abs().max() <= bound
+
+
+def test_the_seed_fixes_where_training_starts_and_nothing_else(started):
+    state = torch.get_rng_state()
+    for seed in (1, 1, 2):
+        binaryconnect.table2("stochastic", seed=seed, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = (run.model[1].weight for run in started)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert [run.seed for run in started] == [1, 1, 2]
 
 
 def test_small_scale_starts_uniform_in_the_unit_interval(started):
@@ -316,7 +334,7 @@ def test_full_scale_is_the_early_codes_recipe(started, monkeypatch):
     rates = [group["lr"] for group in run.optimizer.param_groups]
     assert rates[1] == pytest.approx(0.3 * 2048 / 1.5)
     assert rates[-1] == 0.3
-    assert run.schedulers[0].gamma == pytest.approx(0.996605, abs=1e-6)
+    assert 0.3 * run.schedulers[0].gamma ** 999 == pytest.approx(0.01)  # the last epoch's rate
     assert run.loss(torch.zeros(2, 10), torch.tensor([0, 1])) == 10
 
 
@@ -448,9 +466,10 @@ def test_an_interrupted_run_ends_in_the_same_record(variant, tmp_path, monkeypat
     use_tiny(monkeypatch, "table2", epochs=2)
     straight = binaryconnect.table2(variant, device="cpu")
     path = tmp_path / "run.pt"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        press_ctrl_c_at(27, patch)  # an epoch has 20 steps
-        binaryconnect.table2(variant, device="cpu", checkpoint=path)
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at(27, patch)
+        with pytest.raises(KeyboardInterrupt):
+            binaryconnect.table2(variant, device="cpu", checkpoint=path)
     assert torch.load(path, weights_only=True)["step"] == 7
     resumed = binaryconnect.table2(variant, device="cpu", checkpoint=path)
     assert resumed.metrics == straight.metrics

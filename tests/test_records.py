@@ -215,7 +215,7 @@ def damage(text, case):
         "too large a number": text.replace("0.987654321", "1e999"),
         "missing key": json.dumps({k: v for k, v in value.items() if k != "recipe"}),
         "unknown key": json.dumps(value | {"colour": 1}),
-        "other format": json.dumps(value | {"format": 2}),
+        "other format": json.dumps(value | {"format": 0}),
         "no format": json.dumps({k: v for k, v in value.items() if k != "format"}),
         "seed is text": json.dumps(value | {"seed": "3"}),
         "seed is bool": json.dumps(value | {"seed": True}),
@@ -246,7 +246,7 @@ CASES = [
     ("too large a number", "1e999"),
     ("missing key", r"misses the known keys \['recipe'\]"),
     ("unknown key", r"has the unknown keys \['colour'\]"),
-    ("other format", "format is 2, this version reads 1"),
+    ("other format", "format is 0, this version reads 1"),
     ("no format", "format is None"),
     ("seed is text", "seed is of type str"),
     ("seed is bool", "seed is of type bool"),
@@ -261,6 +261,14 @@ CASES = [
     ("array is a list", "malformed array"),
     ("deep", "recursion"),
 ]
+
+
+def test_a_record_of_a_later_format_is_refused_and_left_alone(tmp_path):
+    path = records.save(make(), tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(RecordError, match="format is 2, this version reads 1; install"):
+        records.read(path)
+    assert path.exists()
 
 
 @pytest.mark.parametrize(("case", "message"), CASES)

@@ -8,6 +8,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,14 +18,14 @@ from bnnbook import data, layers, optim, probes, training
 from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
 
 
-def dataset(n=60, seed=0, shape=(1, 4, 4)):
+def dataset(n=60, seed=0, shape=(1, 4, 4), split=None):
     generator = torch.Generator().manual_seed(seed)
 
     def part(count):
         images = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
         return images, torch.randint(0, 3, (count,), generator=generator)
 
-    return data.Dataset(*part(n), *part(30), ("a", "b", "c"), "toy").hold_out(10)
+    return data.Dataset(*part(n), *part(30), ("a", "b", "c"), "toy").hold_out(10, seed=split)
 
 
 def setting(weights="stochastic", seed=0, kind=torch.optim.Adam, dropout=0.3, lr=0.01):
@@ -89,6 +90,12 @@ def test_one_row_an_epoch_with_the_documented_columns():
     ]  # fmt: skip
     assert list(history.frame.epoch) == [1, 2, 3]
     assert history.frame.lr.tolist() == pytest.approx([0.01, 0.009, 0.0081])
+
+
+def test_evaluated_only_as_often_as_asked():
+    history = run(5, evaluate_every=2)[1]
+    assert history.frame.test_accuracy.notna().tolist() == [False, True, False, True, True]
+    assert history.best()["epoch"] in (2, 4, 5)
 
 
 def test_best_epoch_is_the_last_of_equals():
@@ -195,14 +202,14 @@ t.run(400, probes=[Slow(-1)], checkpoint={str(tmp_path / "run.pt")!r}, checkpoin
     assert state["step"] + state["epoch"] > 0
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other format"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "not a dict"])
 def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
     path = tmp_path / "run.pt"
     run(1, checkpoint=path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-400])
-    elif damage == "other format":
-        torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
+    elif damage == "not a dict":
+        torch.save([1, 2], path)
     else:
         path.write_bytes(b"" if damage == "empty" else b"not a checkpoint")
     kept = path.read_bytes()
@@ -210,6 +217,15 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
         run(2, checkpoint=path)
     assert not path.exists()
     assert (tmp_path / "run.pt.corrupt").read_bytes() == kept
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "run.pt"
+    run(1, checkpoint=path)
+    torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
+    with pytest.raises(training.CheckpointError, match="format 99, this version reads 1"):
+        run(1, checkpoint=path)
+    assert path.exists()
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -224,6 +240,11 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 @pytest.mark.parametrize(("change", "name"), [
     ({"seed": 1}, "seed"),
+    ({"epochs": 2}, "epochs"),
+    ({"augment": None}, "augmentation"),
+    ({"data": dataset(split=3)}, "training images"),
+    ({"setting_": setting("deterministic")}, "network"),
+    ({"setting_": setting(dropout=0.5)}, "network"),
     ({"batch_size": 25}, "batch_size"),
     ({"data": dataset(seed=4)}, "data"),
     ({"probes": []}, "probes"),
@@ -232,7 +253,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
     run(1, checkpoint=tmp_path / "run.pt")
     with pytest.raises(training.CheckpointError, match=f"another run: its {name}"):
-        run(1, checkpoint=tmp_path / "run.pt", **change)
+        run(**{"epochs": 1, "checkpoint": tmp_path / "run.pt"} | change)
     assert (tmp_path / "run.pt").exists()
 
 
@@ -273,6 +294,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path, step):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"epochs": 0}, "epochs must be at least 1"),
+    ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
     ({"batch_size": 0}, "batch_size must be from 1 to the 50"),
     ({"batch_size": 51}, "batch_size must be from 1 to the 50"),
     ({"device": "tpu9"}, "unknown device 'tpu9'; known: auto, cpu, cuda"),
@@ -326,6 +348,60 @@ def test_compiled_training_learns_the_same(monkeypatch):
     compiled = run(2, setting("deterministic", dropout=0.0), augment=None, compile=True)
     losses = [m[1].frame.train_loss.tolist() for m in (plain, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_trains_and_resumes(tmp_path, monkeypatch, dtype):
+    """The paths of a T4 (float16, scaled losses) and of newer GPUs, taken on a CPU."""
+    monkeypatch.setattr(training, "autocast_dtype", lambda device: dtype)
+    seen, scales = [], []
+
+    class Watch(StopAfter):
+        def start(self, model):
+            model[1].register_forward_hook(lambda m, i, out: seen.append((m.training, out.dtype)))
+            self.weight = model[1].weight
+
+        def step(self):
+            scales.append(self.weight.dtype)
+            super().step()
+
+    straight = run(3, probes=[Watch(-1)])
+    assert set(seen) == {(True, dtype), (False, torch.float32)}  # tested in full precision
+    assert set(scales) == {torch.float32}  # latent weights stay in full precision
+    with pytest.raises(KeyboardInterrupt):
+        run(3, probes=[Watch(7)], checkpoint=tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)["scaler"][0]
+    assert (saved.get("scale") == 2.0**16) == (dtype == torch.float16)
+    assert_same(straight, run(3, probes=[Watch(-1)], checkpoint=tmp_path / "run.pt"))
+
+
+def test_autocast_is_off_on_a_cpu():
+    assert training.autocast_dtype(torch.device("cpu")) is None
+
+
+def test_what_an_earlier_loop_left_in_grad_does_not_count():
+    clean, left = setting(), setting()
+    for parameter in left[0].parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    assert_same(run(2, clean), run(2, left))
+
+
+def test_a_probes_numpy_numbers_survive_a_resume(tmp_path):
+    class Numpy(StopAfter):
+        def epoch(self):
+            return {"half": np.float64(0.5)}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(3, probes=[Numpy(7)], checkpoint=tmp_path / "run.pt")
+    history = run(3, probes=[Numpy(-1)], checkpoint=tmp_path / "run.pt")[1]
+    assert history.frame.half.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("batch_size", [59, 7, 1000])
+def test_reestimation_needs_no_full_batches(batch_size):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16))
+    training.reestimate_batchnorm(model, dataset(n=70).train_images, batch_size=batch_size)
+    assert torch.isfinite(model[1].running_var).all()
 
 
 def test_reestimated_statistics_are_those_of_the_images():

@@ -20,7 +20,8 @@ from tools.chapters import BookError, Chapter
 
 # Said at every start of a kernel, about a connection that never leaves this machine.
 NOISE = re.compile(
-    r"TCP without encryption|caught in kernel|ipykernel#|Debugger warning|frozen modules|PYDEVD|PYTHON_FROZEN"
+    r"TCP without encryption|caught in kernel|ipykernel#|Debugger warning|frozen modules|PYDEVD"
+    r"|PYTHON_FROZEN"
 )
 
 

@@ -150,8 +150,8 @@ def library_files(chapter: Chapter, sources: list[str]) -> list[Path]:
         files |= set(package.glob("*.mplstyle"))
     for module in [file.stem for file in files if file.parent == package / "experiments"]:
         # Records lie in results/<experiment>/, the experiment being a module or a part of one.
-        files |= set((package / "results").glob(f"{module}/*.json"))
-        files |= set((package / "results").glob(f"{module}.*/*.json"))
+        files |= set((package / "results").glob(f"{module}/**/*.json"))
+        files |= set((package / "results").glob(f"{module}.*/**/*.json"))
     return sorted(files)
 
 

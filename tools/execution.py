@@ -135,7 +135,9 @@ def environment(root: Path, published: bool) -> dict[str, str]:
     if published:
         # The published run is the small one: a CPU's, on every machine.
         ours["CUDA_VISIBLE_DEVICES"] = ""
-    return os.environ | ours
+    # A reader's own records and data sets have no place in a published chapter.
+    private = {"BNNBOOK_RESULTS", "BNNBOOK_DATA"} if published else set()
+    return {k: v for k, v in os.environ.items() if k not in private} | ours
 
 
 if __name__ == "__main__":

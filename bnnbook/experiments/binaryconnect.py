@@ -68,20 +68,21 @@ class Recipe:
     lr_scaling: bool = True  # of the binary layers, see glorot_scaled_groups
     clip: bool = True
     init_bound: float = 1.0  # latent weights start at U(-bound, bound), clipped to [-1, 1]
+    evaluate_every: int = 1  # epochs
     norm_images: int = 10_000  # batch-norm statistics for the test: from so many training images
 
 
 # Released code, in miniature: ADAM, mean loss, latent weights from U(-1, 1).
-SMALL = Recipe("digits", (256, 256), 30, 50, "adam", 3e-3, 3e-6, validation=300)
+SMALL = Recipe("digits", (256, 256), 20, 50, "adam", 3e-3, 3e-6, validation=300)
 # Table 2's MNIST column. The early code trains ±c weights with one learning rate from Glorot's
 # initialisation; in units of c that is ±1 weights, rates over c squared and U(-2, 2), clipped.
 MNIST = Recipe("mnist", (1024, 1024, 1024), 1000, 200, "sgd", 0.3, 0.01, validation=10_000,
                reduction="batchmean", init_bound=2.0)  # fmt: skip
 
 RECIPES = {
-    "table1": {"small": replace(SMALL, hidden=(128, 128), epochs=10)},
+    "table1": {"small": replace(SMALL, hidden=(128, 128), epochs=10, evaluate_every=10)},
     "table2": {"small": SMALL, "full": MNIST},
-    "clipping": {"small": replace(SMALL, epochs=15)},
+    "clipping": {"small": replace(SMALL, epochs=12)},
 }
 
 
@@ -94,6 +95,7 @@ class Fit:
     dataset: data.Dataset
     preprocess: Callable[[Tensor], Tensor]
     recipe: Recipe
+    settings: dict  # what the recipe leaves open: kind of weights, dropout, precision
 
     def tested_with(self, weight_quantizer: Callable[[Tensor], Tensor]) -> nn.Module:
         """Return the network with another weight quantizer and statistics collected for it."""
@@ -140,7 +142,8 @@ def fit(recipe: Recipe, weights: str, *, dropout: float = 0.0, seed: int = 0, de
     device = training.choose_device(device)
     dataset = data.load(recipe.dataset).hold_out(recipe.validation).to(device)
     preprocess = data.subtract_mean_image(dataset)
-    with torch.random.fork_rng(devices=[]):  # on the CPU: the same start on every device
+    # drawn on the CPU: the same start on every device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         inputs, classes = dataset.train_images[0].numel(), len(dataset.classes)
         model = binaryconnect_mlp(inputs, recipe.hidden, classes, weights=weights, dropout=dropout)
@@ -154,9 +157,11 @@ def fit(recipe: Recipe, weights: str, *, dropout: float = 0.0, seed: int = 0, de
         loss=SquaredHingeLoss(recipe.reduction), preprocess=preprocess, seed=seed, device=device,
         schedulers=[torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)],
         probes=[FlipRatio(), Saturation(limit=1.0)], checkpoint=checkpoint, progress=progress,
+        evaluate_every=recipe.evaluate_every,
         test_model=lambda m: test_network(m, quantizer, dataset, preprocess, recipe.norm_images),
     )  # fmt: skip
-    return Fit(model, history, dataset, preprocess, recipe)
+    settings = {"weights": weights, "dropout": dropout, "precision": training.precision(device)}
+    return Fit(model, history, dataset, preprocess, recipe, settings)
 
 
 def table2(variant: str = "deterministic", *, seed: int = 0, scale: str = "small",
@@ -237,19 +242,18 @@ def inference_modes(fitted: Fit, seed: int, samples: int = 30) -> dict[str, floa
 
 def sampled_outputs(fitted: Fit, seed: int, samples: int) -> Tensor:
     """Return the test outputs of ``samples`` networks drawn by eq. 2, (samples, N, classes)."""
+    dataset, preprocess = fitted.dataset, fitted.preprocess
+    network, device = copy.deepcopy(fitted.model), dataset.test_images.device
+    layers = [(layer, layer.weight.detach().clone()) for layer in binary_layers(network)]
     outputs = []
-    device = fitted.dataset.test_images.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(samples):
-            network = copy.deepcopy(fitted.model)
-            for layer in binary_layers(network):
-                drawn = stochastic_sign(layer.weight.detach())
-                layer.weight.data, layer.weight_quantizer = drawn, real_weight
-            images = fitted.dataset.train_images[: fitted.recipe.norm_images]
-            training.reestimate_batchnorm(network, images, preprocess=fitted.preprocess)
-            outputs.append(training.predict(network, fitted.dataset.test_images,
-                                            preprocess=fitted.preprocess))  # fmt: skip
+            for layer, latent in layers:
+                layer.weight.data, layer.weight_quantizer = stochastic_sign(latent), real_weight
+            images = dataset.train_images[: fitted.recipe.norm_images]
+            training.reestimate_batchnorm(network, images, preprocess=preprocess)
+            outputs.append(training.predict(network, dataset.test_images, preprocess=preprocess))
     return torch.stack(outputs)
 
 
@@ -285,7 +289,8 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
     shortened = f"{fitted.recipe.epochs} of {paper} epochs"
     return Record(
         experiment=f"binaryconnect.{experiment}", variant=variant, seed=seed, scale=scale,
-        recipe=asdict(fitted.recipe), history=fitted.history.rows, metrics=metrics, arrays=arrays,
+        recipe=asdict(fitted.recipe) | fitted.settings, history=fitted.history.rows,
+        metrics=metrics, arrays=arrays,
         shortened=shortened if fitted.recipe.epochs != paper else None,
         dataset=fitted.dataset.name, dataset_sha256=fitted.dataset.sha256,
         environment=environment(weight.device),

@@ -1,0 +1,496 @@
+"""The command line: what it writes, says and refuses, and how a run is stopped and continued."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bnnbook import cli, data, experiments, probes, records
+from bnnbook.experiments import binaryconnect
+
+NAME = "binaryconnect.clipping"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    """Run in an empty folder, with records and data sets there and nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BNNBOOK_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("BNNBOOK_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A small recipe that takes no time."""
+    recipe = replace(binaryconnect.SMALL, hidden=(32, 32), epochs=3, batch_size=50, validation=300)
+    monkeypatch.setitem(binaryconnect.RECIPES, "clipping", {"small": recipe})
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Return exit status, output and errors of the program, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["bnnbook", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+def environment(**changes):
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes
+
+
+def program(*arguments, **changes):
+    """Run ``python -m bnnbook`` as a user does."""
+    command = [sys.executable, "-m", "bnnbook", *map(str, arguments)]
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
+
+
+def plain(text):
+    """The text without colours, which help has on some CI machines."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def toy_record(variant="a", seed=0, **changes):
+    values = {
+        "experiment": "toy.table", "variant": variant, "seed": seed, "scale": "full",
+        "dataset": "digits", "dataset_sha256": "00", "seconds": 1.0,
+        "environment": {"device": "Abacus 9000"}, "metrics": {"test_error": 0.25},
+    }  # fmt: skip
+    return records.Record(**values | changes)
+
+
+class Toy:
+    """An experiment that trains nothing; it notes how it was called and what is to happen then."""
+
+    def __init__(self, monkeypatch, scales=("small", "full")):
+        self.calls, self.then = [], lambda: None
+        recipes = dict.fromkeys(scales)
+        found = {"toy.table": (self.run, ("a", "b"), recipes),
+                 "toy.other": (self.run, ("never",), {"small": None})}  # fmt: skip
+        monkeypatch.setattr(experiments, "names", lambda: list(found))
+        monkeypatch.setattr(experiments, "find", found.__getitem__)
+
+    def run(self, variant, *, checkpoint, **options):
+        self.calls.append({"variant": variant, "checkpoint": checkpoint} | options)
+        self.then()
+        return toy_record(variant, options["seed"], scale=options["scale"])
+
+    def called(self):
+        return [(each["variant"], each["seed"]) for each in self.calls]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    return Toy(monkeypatch)
+
+
+def press_ctrl_c_at(step, monkeypatch):
+    """Let this process get a SIGINT after so many training steps."""
+    count, original = [], probes.FlipRatio.step
+
+    def counted(self):
+        original(self)
+        count.append(1)
+        if len(count) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(probes.FlipRatio, "step", counted)
+
+
+def without_time(record):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in record.history]
+
+
+# --- Help and list -----------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands():
+    done = program("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in ("list", "run", "record", "data"):
+        assert re.search(rf"^\W*{command}\s+[A-Z]", plain(done.stdout), re.MULTILINE), command
+    assert plain(program().stdout).split() == plain(done.stdout).split()
+
+
+@pytest.mark.parametrize("command", ["list", "run", "record", "data"])
+def test_every_command_has_help(command):
+    output = plain(invoke(command, "--help").output)
+    assert "Usage:" in output
+    assert "--" in output.replace("--help", "")
+
+
+def test_list_shows_experiments_variants_scales_and_records(tmp_path):
+    records.save(toy_record("clipped", 3, experiment=NAME, scale="small"))
+    records.save(toy_record("clipped", 4, experiment=NAME, shortened="1 of 15 epochs"))
+    other = tmp_path / "others"
+    records.save(toy_record("adam", 7, experiment="binaryconnect.table1"), other)
+    blocks = re.split(r"^(?=\S)", invoke("list").stdout, flags=re.MULTILINE)[1:]
+    assert [block.splitlines()[0] for block in blocks] == experiments.names()
+    for name, block in zip(experiments.names(), blocks, strict=True):
+        _, variants, recipes = experiments.find(name)
+        assert f"variants: {', '.join(variants)}\n" in block
+        assert f"scales: {', '.join(recipes)}\n" in block
+        assert ("records: none" in block) == (name != NAME)
+    assert "clipped seed 3 (small)" in blocks[-1]
+    assert "clipped seed 4 (1 of 15 epochs)" in blocks[-1]
+    elsewhere = invoke("list", "--results", other).stdout
+    assert "adam seed 7 (full)" in elsewhere
+    assert "clipped seed 3" not in elsewhere
+
+
+# --- Run ---------------------------------------------------------------------------------------
+
+
+def test_run_records_once_and_overwrites_only_when_told(tmp_path, tiny):
+    results, runs = tmp_path / "TMP", tmp_path / "TMP2"
+    command = ["run", NAME, "--variant", "clipped", "--results", results, "--runs", runs]
+    first = invoke(*command, "--epochs", 1)
+    path = results / NAME / "small" / "clipped-seed0.json"
+    record = records.read(path)
+    assert str(path) in first.stdout
+    assert f"test error {100 * record.metrics['test_error']:.2f} %" in first.stdout
+    assert (record.variant, record.shortened) == ("clipped", "1 of 3 epochs")
+    assert list(runs.iterdir()) == []
+    assert not (tmp_path / "results").exists()
+
+    written = path.read_bytes()
+    second = invoke(*command, "--epochs", 2)
+    assert f"{path} is there already" in second.stdout
+    assert path.read_bytes() == written
+
+    invoke(*command, "--epochs", 2, "--overwrite")
+    assert records.read(path).shortened == "2 of 3 epochs"
+
+
+def test_run_takes_all_variants_and_several_seeds(tiny):
+    invoke("run", NAME, "--seed", 0, "--seed", 5, "--epochs", 1)
+    found = {(r.variant, r.seed) for r in records.read_all(NAME)}
+    assert found == {(v, s) for v in ("clipped", "unclipped") for s in (0, 5)}
+    invoke("run", NAME, "--variant", "clipped", "--seed", 9, "--epochs", 1, "--device", "cpu")
+    assert {(r.variant, r.seed) for r in records.read_all(NAME)} == found | {("clipped", 9)}
+
+
+def test_run_passes_its_options_on(toy, tmp_path):
+    invoke("run", "toy.table", "--variant", "b", "--seed", 3, "--scale", "full", "--epochs", 7,
+           "--device", "cuda:1", "--data", tmp_path / "sets")  # fmt: skip
+    (options,) = toy.calls
+    checkpoint = options.pop("checkpoint")
+    assert options == {"variant": "b", "seed": 3, "scale": "full", "epochs": 7, "device": "cuda:1"}
+    assert checkpoint.parent == Path("runs")
+    assert os.environ["BNNBOOK_DATA"] == str(tmp_path / "sets")
+    assert records.find("toy.table", "b", 3) is not None
+
+
+def test_records_of_the_two_scales_are_kept_apart(toy):
+    invoke("run", "toy.table", "--variant", "a")
+    invoke("run", "toy.table", "--variant", "a", "--scale", "full")
+    assert [each["scale"] for each in toy.calls] == ["small", "full"]
+    assert [records.find("toy.table", "a", 0, None, scale) is not None
+            for scale in records.SCALES] == [True, True]  # fmt: skip
+
+
+def test_every_run_has_its_own_checkpoint(toy):
+    for options in ([], ["--epochs", 1], ["--epochs", 11], ["--seed", 1], ["--scale", "full"]):
+        invoke("run", "toy.table", "--overwrite", *options)
+    files = {each["checkpoint"] for each in toy.calls}
+    assert len(files) == len(toy.calls) == 10
+
+
+# --- What is refused ---------------------------------------------------------------------------
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """Return the one line that the program says before it exits with status 1."""
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (1, "")
+    line, hint = err.splitlines()
+    assert hint == "(BNNBOOK_DEBUG=1 shows the traceback)"
+    return line
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["run", "binaryconnect.table7"], ["'binaryconnect.table7'", *experiments.names()]),
+    (["run", NAME, "--variant", "cut"], ["variant 'cut'", "clipped, unclipped"]),
+    (["run", NAME, "--variant", "clipped", "--variant", "cut"], ["variant 'cut'"]),
+    (["run", NAME, "--scale", "medium"], ["scale 'medium'", "known: small"]),
+    (["run", NAME, "--scale", "full"], ["scale 'full'", "known: small"]),
+    (["run", "binaryconnect.table2", "--scale", "large"], ["scale 'large'", "small, full"]),
+    (["data", "imagenet"], ["data set 'imagenet'", *data.NAMES]),
+])  # fmt: skip
+def test_an_unknown_name_is_one_line_with_the_known_ones(monkeypatch, capsys, arguments, words):
+    line = refused(monkeypatch, capsys, *arguments)
+    assert all(word in line for word in ["bnnbook: unknown", *words])
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(("device", "words"), [
+    ("cuda", ["'cuda' was asked for", "no CUDA GPU", "'cpu'"]),
+    ("cuda:1", ["was asked for", "no CUDA GPU"]),
+    ("abacus", ["unknown device 'abacus'", "auto, cpu, cuda, cuda:N"]),
+    ("meta", ["unknown device 'meta'", "auto, cpu, cuda, cuda:N"]),
+])  # fmt: skip
+def test_a_device_that_is_not_there(monkeypatch, capsys, device, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, _, err = call(monkeypatch, capsys, "run", NAME, "--device", device)
+    assert code == 1
+    assert all(word in err.splitlines()[0] for word in words)
+    assert "Traceback" not in err
+    assert not Path("results").exists()
+
+
+def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist.npz").write_bytes(b"not an archive")
+    line = refused(monkeypatch, capsys, "data", "mnist")
+    assert str(tmp_path / "data" / "mnist.npz") in line
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["run"], "experiment"), (["run", NAME, "--seed", "one"], "--seed"), (["train"], "train"),
+    (["run", NAME, "--sede", "1"], "--sede"), (["record", "--minutes", "soon"], "--minutes"),
+])  # fmt: skip
+def test_a_command_that_makes_no_sense_shows_the_usage(monkeypatch, capsys, arguments, named):
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "Usage:" in plain(err)
+    assert named in plain(err).partition("Error")[2]
+
+
+def test_the_program_exits_with_one_line():
+    done = program("run", "nonsense")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("bnnbook: unknown experiment 'nonsense'; known: binaryconnect.")
+    assert "Traceback" not in done.stderr
+
+
+def test_debugging_shows_the_traceback():
+    done = program("run", "nonsense", BNNBOOK_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ValueError: unknown experiment 'nonsense'" in done.stderr
+
+
+def test_a_folder_for_checkpoints_that_cannot_be_had_is_an_error_before_the_run(
+    monkeypatch, capsys, toy
+):
+    Path("taken").write_text("a file")
+    line = refused(monkeypatch, capsys, "run", "toy.table", "--runs", "taken")
+    assert "taken" in line
+    assert toy.calls == []
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch, toy):
+    toy.then = lambda: {}["gone"]
+    monkeypatch.setattr(sys, "argv", ["bnnbook", "run", "toy.table"])
+    with pytest.raises(KeyError, match="gone"):
+        cli.main()
+
+
+# --- Data --------------------------------------------------------------------------------------
+
+
+def test_data_lists_what_is_known_and_what_is_found(tmp_path):
+    empty = invoke("data").stdout
+    assert ", ".join(data.NAMES) in empty
+    assert f"{tmp_path / 'data'}: none" in empty
+    (tmp_path / "sets").mkdir()
+    arrays = {"x_train": np.zeros((6, 4, 4), np.uint8), "y_train": np.arange(6) % 2,
+              "x_test": np.ones((2, 4, 4), np.uint8), "y_test": np.arange(2)}  # fmt: skip
+    np.savez(tmp_path / "sets" / "mine.npz", **arrays)
+    assert "mine" in invoke("data", "--data", tmp_path / "sets").stdout
+    shown = invoke("data", "mine", "--data", tmp_path / "sets").stdout
+    assert "6 train" in shown
+    assert data.load("mine", tmp_path / "sets").sha256 in shown
+
+
+def test_data_digits_prints_its_sha256():
+    shown = invoke("data", "digits").stdout
+    assert re.search(r"^sha256 ([0-9a-f]{64})$", shown, re.MULTILINE)[1] == (
+        data.load("digits").sha256
+    )
+    assert "1300 train + 497 test" in shown
+
+
+# --- Record ------------------------------------------------------------------------------------
+
+
+def test_record_runs_what_is_missing_or_shortened(toy):
+    records.save(toy_record("a", 0, shortened="30 of 1000 epochs"))
+    records.save(toy_record("b", 0))
+    records.save(toy_record("b", 1, scale="small"))
+    assert "all full-scale runs are recorded" in invoke("record", "--minutes", 5).stdout
+    assert toy.called() == [("a", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert {each["scale"] for each in toy.calls} == {"full"}
+    assert {each["epochs"] for each in toy.calls} == {None}
+    assert records.read(records.find("toy.table", "a", 0)).shortened is None
+    toy.calls.clear()
+    invoke("record", "--minutes", 5)
+    assert toy.calls == []
+
+
+def test_record_stops_in_time_and_a_later_call_continues(toy):
+    def work():
+        if len(toy.calls) == 3:
+            time.sleep(60)
+
+    toy.then = work
+    began = time.monotonic()
+    result = invoke("record", "--minutes", 1 / 60, code=130)
+    assert time.monotonic() - began < 30
+    assert "all full-scale runs" not in result.stdout
+    assert toy.called() == [("a", 0), ("b", 0), ("a", 1)]
+    assert {(r.variant, r.seed) for r in records.read_all("toy.table")} == {("a", 0), ("b", 0)}
+    toy.then = lambda: None
+    invoke("record", "--minutes", 5)
+    assert toy.called()[3:] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+
+
+def test_records_that_are_done_in_time_are_not_interrupted_later():
+    try:
+        with cli._interrupt_after(0.2):
+            pass
+        time.sleep(0.4)
+    except KeyboardInterrupt:
+        pytest.fail("interrupted after the end")
+
+
+def test_a_damaged_record_is_named_and_not_replaced(monkeypatch, capsys, toy):
+    path = records.save(toy_record("a", 0))
+    path.write_text("{")
+    assert str(path) in refused(monkeypatch, capsys, "record", "--minutes", 5)
+    assert toy.calls == []
+    assert path.with_name(path.name + ".corrupt").read_text() == "{"
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------
+
+
+SLOW = """
+import sys, time
+from bnnbook import cli, probes
+
+step = probes.FlipRatio.step
+
+def slow(self):
+    step(self)
+    print("stepping", flush=True)
+    time.sleep(0.05)
+
+probes.FlipRatio.step = slow
+sys.argv[0] = "bnnbook"
+cli.main()
+"""
+
+
+def test_sigint_leaves_a_checkpoint_and_the_same_command_continues(tmp_path):
+    arguments = ["run", NAME, "--variant", "clipped", "--epochs", "2", "--device", "cpu"]
+    command, pipe = [sys.executable, "-c", SLOW, *arguments], subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as run:
+        while "stepping" not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    (checkpoint,) = Path("runs").iterdir()
+    assert f"stopped; {checkpoint} holds the run" in errors
+    assert "Traceback" not in errors
+    assert torch.load(checkpoint, weights_only=True)["step"] > 0
+    assert not Path("results").exists()
+
+    done = program(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "continues" in done.stdout
+    assert list(Path("runs").iterdir()) == []
+    record = records.read(records.find(NAME, "clipped", 0, scale="small"))
+    assert record.shortened == f"2 of {binaryconnect.RECIPES['clipping']['small'].epochs} epochs"
+    assert len(record.history) == 2
+
+
+def test_an_interrupted_run_gives_the_same_record(tiny, monkeypatch, tmp_path):
+    command = ["run", NAME, "--variant", "clipped", "--epochs", 2]
+    invoke(*command, "--results", tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at(23, patch)
+        invoke(*command, code=130)
+    invoke(*command)
+    where = (NAME, "clipped", 0)
+    straight = records.read(records.find(*where, tmp_path / "straight", "small"))
+    resumed = records.read(records.find(*where, scale="small"))
+    assert (resumed.metrics, resumed.arrays) == (straight.metrics, straight.arrays)
+    assert without_time(resumed) == without_time(straight)
+
+
+def test_a_run_of_another_length_does_not_continue_this_one(tiny, monkeypatch):
+    """Its learning rate falls at another pace."""
+    command = ["run", NAME, "--variant", "clipped"]
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at(5, patch)
+        invoke(*command, "--epochs", 2, code=130)
+    invoke(*command)
+    record = records.read(records.find(NAME, "clipped", 0, scale="small"))
+    start, end = record.recipe["lr_start"], record.recipe["lr_end"]
+    assert [row["lr"] for row in record.history] == pytest.approx(
+        [start, (start * end) ** 0.5, end], rel=1e-5
+    )
+
+
+def test_stopped_before_anything_was_saved(toy):
+    def stop():
+        raise KeyboardInterrupt
+
+    toy.then = stop
+    result = invoke("run", "toy.table", code=130)
+    assert "nothing was saved" in result.stderr
+    assert len(toy.calls) == 1
+    assert not Path("results").exists()
+
+
+def test_ctrl_c_while_the_record_is_written_loses_nothing(tiny, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    command = ["run", NAME, "--variant", "clipped"]
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "save", interrupted)
+        invoke(*command, code=130)
+    press_ctrl_c_at(1, monkeypatch)  # no step is done again
+    assert "continues" in invoke(*command).stdout
+    assert len(records.read(records.find(NAME, "clipped", 0, scale="small")).history) == 3
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys):
+    command = ["run", NAME, "--variant", "clipped"]
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at(5, patch)
+        invoke(*command, code=130)
+    (checkpoint,) = Path("runs").iterdir()
+    checkpoint.write_bytes(b"damaged")
+    code, _, err = call(monkeypatch, capsys, *command)
+    assert code == 1
+    assert str(checkpoint) in err.splitlines()[0]
+    assert [path.name for path in Path("runs").iterdir()] == [checkpoint.name + ".corrupt"]
+    assert not Path("results").exists()
+    invoke(*command)
+    assert len(json.loads(records.find(NAME, "clipped", 0, scale="small").read_text())) > 1
