@@ -17,7 +17,10 @@ app = typer.Typer(
 
 RECORD_SEEDS = (0, 1, 2)
 
-Data = Annotated[Path | None, typer.Option(help="Folder of the data sets; else BNNBOOK_DATA.")]
+Data = Annotated[
+    Path | None,
+    typer.Option("--root", "--data", help="Folder of the data sets; else BNNBOOK_DATA."),
+]
 Results = Annotated[Path | None, typer.Option(help="Folder of records; else BNNBOOK_RESULTS.")]
 Runs = Annotated[Path, typer.Option(help="Folder of the checkpoints of unfinished runs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -78,13 +81,28 @@ def record(
     from bnnbook import experiments
 
     _use_data(data)
-    with _interrupt_after(60 * minutes):
-        for name in experiments.names():
-            _, variants, recipes = experiments.find(name)
-            for number in RECORD_SEEDS if "full" in recipes else ():
-                for variant in variants:
-                    if not _is_recorded(name, variant, number, results):
-                        _run_one(name, variant, number, "full", None, device, results, runs)
+    missing = [
+        (name, variant, number)
+        for name in experiments.names()
+        for number in RECORD_SEEDS
+        for variant in experiments.find(name)[1]
+        if "full" in experiments.find(name)[2] and not _is_recorded(name, variant, number, results)
+    ]
+    failed = []
+    with _interrupt_after(60 * minutes) as timer:
+        for run_ in missing:
+            try:
+                _run_one(*run_, "full", None, device, results, runs)
+            except ArithmeticError as error:  # one run that diverges does not stop the others
+                typer.echo(f"failed: {error}", err=True)
+                failed.append(run_)
+            except typer.Exit:
+                if not timer.finished.is_set():
+                    raise
+                typer.echo("the time is up; the same command continues")
+                return
+    if failed:
+        raise typer.Exit(1)
     typer.echo("all full-scale runs are recorded")
 
 
@@ -154,7 +172,7 @@ def _interrupt_after(seconds: float):
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield timer
     finally:
         timer.cancel()
 

@@ -205,7 +205,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
             bar.set_postfix(run.summary())
             run.save_when_due()
         bar.update(epochs - bar.n)
-        run.save()
+        run.save_if_possible()
     return History(run.rows)
 
 
@@ -409,12 +409,14 @@ class _Run:
         self.saved = time.monotonic()
 
     def save_if_possible(self) -> None:
-        """Write a checkpoint, but let a full disk cost no more than the checkpoint."""
+        """Write a checkpoint; a full disk costs no more than the checkpoint."""
         try:
             self.save()
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             self.saved = time.monotonic()
-            warnings.warn(f"checkpoint not written, training goes on: {error}", stacklevel=2)
+            warnings.warn(
+                f"the run goes on, but its checkpoint was not written: {error}", stacklevel=2
+            )
 
     def resume(self) -> None:
         """Continue from the checkpoint if there is one."""

@@ -379,10 +379,12 @@ def test_the_readers_own_settings_do_not_reach_a_chapter(toy, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("BNNBOOK_DATA", "elsewhere")
+    monkeypatch.setenv("BNNBOOK_RESULTS", "elsewhere")
     published = execution.environment(toy, published=True)
     assert published["OMP_NUM_THREADS"] == "1"
     assert "inline" in published["MPLBACKEND"]
-    assert published["BNNBOOK_DATA"] == "elsewhere"
+    assert not {"BNNBOOK_DATA", "BNNBOOK_RESULTS"} & set(published)
+    assert execution.environment(toy, published=False)["BNNBOOK_DATA"] == "elsewhere"
     assert published["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_VISIBLE_DEVICES" not in {
         name for name in execution.environment(toy, published=False) if name not in os.environ

@@ -264,7 +264,11 @@ def test_the_workflows_run_the_commands_of_the_readme():
     test = workflow("ci.yml")["jobs"]["test"]
     assert commands(test) == ["bash .ci/run"]
     assert set(test["strategy"]["matrix"]["python"]) <= set(PYTHONS)
-    assert commands(workflow("pages.yml")["jobs"]["build"])[0] == "make book"
+    publish = commands(workflow("pages.yml")["jobs"]["build"])
+    # what was committed is published, strictly built; a stale chapter is an error, not executed
+    assert publish[:3] == [
+        "make setup", ".venv/bin/python -m tools.chapters build --check", "make site STRICT=1"
+    ]  # fmt: skip
 
 
 def test_the_example_of_the_readme_runs(capsys):

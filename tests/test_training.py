@@ -263,11 +263,9 @@ def test_a_full_disk_costs_only_the_checkpoint(tmp_path, monkeypatch):
 
     path = tmp_path / "run.pt"
     monkeypatch.setattr(training.torch, "save", full)
-    with (
-        pytest.warns(UserWarning, match="training goes on: .*No space left"),
-        pytest.raises(OSError, match="No space left"),
-    ):
-        run(2, checkpoint=path, checkpoint_minutes=0)
+    with pytest.warns(UserWarning, match="not written: .*No space left"):
+        history = run(2, checkpoint=path, checkpoint_minutes=0)[1]
+    assert without_time(history) == without_time(run(2)[1])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -73,7 +73,7 @@ class Recipe:
 
 
 # Released code, in miniature: ADAM, mean loss, latent weights from U(-1, 1).
-SMALL = Recipe("digits", (256, 256), 20, 50, "adam", 3e-3, 3e-6, validation=300)
+SMALL = Recipe("digits", (256, 256), 30, 50, "adam", 3e-3, 3e-6, validation=300)
 # Table 2's MNIST column. The early code trains ±c weights with one learning rate from Glorot's
 # initialisation; in units of c that is ±1 weights, rates over c squared and U(-2, 2), clipped.
 MNIST = Recipe("mnist", (1024, 1024, 1024), 1000, 200, "sgd", 0.3, 0.01, validation=10_000,
@@ -286,7 +286,8 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
         arrays["features"] = encode_array(features(weight, fitted.dataset).numpy())
     seconds = sum(row["seconds"] for row in fitted.history.rows)
     paper = RECIPES[experiment][scale].epochs
-    shortened = f"{fitted.recipe.epochs} of {paper} epochs"
+    words = "of" if fitted.recipe.epochs < paper else "epochs instead of"
+    shortened = f"{fitted.recipe.epochs} {words} {paper} epochs"
     return Record(
         experiment=f"binaryconnect.{experiment}", variant=variant, seed=seed, scale=scale,
         recipe=asdict(fitted.recipe) | fitted.settings, history=fitted.history.rows,
@@ -303,4 +304,4 @@ def features(weight: Tensor, dataset: data.Dataset, count: int = 25) -> Tensor:
     """Return the first ``count`` units' weights as uint8 images (count, H, W), each stretched."""
     images = weight[:count].reshape(count, *dataset.train_images.shape[-2:]).float().cpu()
     low, high = images.amin((1, 2), keepdim=True), images.amax((1, 2), keepdim=True)
-    return ((images - low) / (high - low) * 255).round().to(torch.uint8)
+    return ((images - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
