@@ -13,7 +13,8 @@ def show(*objects) -> None:
     """
     from IPython.display import Markdown, display
 
-    files = dict.fromkeys(Path(inspect.getsourcefile(each)).name for each in objects)
+    plain = [inspect.unwrap(each) for each in objects]  # a decorator lives in another file
+    files = dict.fromkeys(Path(inspect.getsourcefile(each)).name for each in plain)
     text = "\n\n\n".join(without_docstrings(inspect.getsource(each)) for each in objects)
     display(Markdown(f"```python\n# {', '.join(files)}\n{text}\n```"))
 

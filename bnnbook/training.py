@@ -167,8 +167,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
           loss: Callable = cross_entropy, augment: Callable | None = None,
           preprocess: Callable = unit_range, schedulers: Iterable = (), probes: Sequence = (),
           test_model: Callable[[nn.Module], nn.Module] | None = None, evaluate_every: int = 1,
-          seed: int = 0,
-          device=None, autocast: bool = True, compile: bool = False,
+          seed: int = 0, device=None, autocast: bool = True, compile: bool = False,
           checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float = 5.0,
           progress: bool | None = None) -> History:  # fmt: skip
     """Train the model in place and return its `History`, one row an epoch.

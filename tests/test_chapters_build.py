@@ -339,9 +339,9 @@ def test_an_interrupted_build_leaves_everything_as_it_was(toy, number):
     with start(toy) as process:
         kernel = int(wait_for(started))
         process.send_signal(number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)  # a hang is what it must catch, not a busy machine
         assert process.returncode == 128 + number
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while is_running(kernel):
         assert time.monotonic() < end, "the kernel outlived the build"
         time.sleep(0.1)

@@ -54,9 +54,9 @@ def test_both_tables_are_written_between_their_markers(book):
     chapter = "[Chapter B](https://example.org/book/notebooks/b.html)"
     assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | not reproduced |"
     chapter = "[Chapter A](../notebooks/a.ipynb)"
-    assert (
-        rows(page)[2] == f"| {chapter} | a.one holds | p | x | 1 | — | small | cpu | reproduced |"
-    )
+    badge = '<span class="verdict reproduced">reproduced</span>'
+    expected = f"| {chapter} | a.one holds | p | x | 1 | — | small | cpu | {badge} |"
+    assert rows(page)[2] == expected
     for path in (readme, page):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# Page\n\nbefore\n\n<!-- claims:begin -->\n\n| Chapter")

@@ -97,3 +97,12 @@ def test_what_has_no_source_is_not_shown(shown):
     with pytest.raises(TypeError):
         source.show(binaryconnect.fit, len)
     assert shown == []
+
+
+def test_the_file_of_a_decorated_function_is_its_own(monkeypatch):
+    from bnnbook import training
+
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    source.show(training.reestimate_batchnorm)  # torch.no_grad wraps it
+    assert shown[0].data.startswith("```python\n# training.py\n@torch.no_grad()\n")

@@ -87,7 +87,7 @@ def long_table(chapters: list[ChapterClaims]) -> str:
     rows = []
     for chapter in chapters:
         for claim in chapter.claims:
-            measured = claim["measured"]
+            measured, badge = claim["measured"], claims.BADGE[claim["verdict"]]
             rows.append(
                 [
                     f"[{chapter.title}](../notebooks/{chapter.path.name})",
@@ -98,7 +98,7 @@ def long_table(chapters: list[ChapterClaims]) -> str:
                     measured["spread"],
                     claim["scale"],
                     claim["hardware"],
-                    claim["verdict"],
+                    f'<span class="verdict {badge}">{claim["verdict"]}</span>',
                 ]
             )
     return _table(header, rows)
