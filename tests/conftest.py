@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -16,3 +17,22 @@ ROOT = Path(__file__).resolve().parents[1]
 def root() -> Path:
     """The folder of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def press_ctrl_c_at():
+    """A function that lets this process get a SIGINT after so many training steps."""
+    from bnnbook import probes
+
+    def press(step: int, patch: pytest.MonkeyPatch) -> None:
+        count, original = [], probes.FlipRatio.step
+
+        def counted(self):
+            original(self)
+            count.append(1)
+            if len(count) == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(probes.FlipRatio, "step", counted)
+
+    return press

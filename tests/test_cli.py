@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bnnbook import cli, data, experiments, probes, records
+from bnnbook import cli, data, experiments, records
 from bnnbook.experiments import binaryconnect
 
 NAME = "binaryconnect.clipping"
@@ -102,19 +102,6 @@ class Toy:
 @pytest.fixture
 def toy(monkeypatch):
     return Toy(monkeypatch)
-
-
-def press_ctrl_c_at(step, monkeypatch):
-    """Let this process get a SIGINT after so many training steps."""
-    count, original = [], probes.FlipRatio.step
-
-    def counted(self):
-        original(self)
-        count.append(1)
-        if len(count) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(probes.FlipRatio, "step", counted)
 
 
 def without_time(record):
@@ -427,7 +414,7 @@ def test_sigint_leaves_a_checkpoint_and_the_same_command_continues(tmp_path):
     assert len(record.history) == 2
 
 
-def test_an_interrupted_run_gives_the_same_record(tiny, monkeypatch, tmp_path):
+def test_an_interrupted_run_gives_the_same_record(tiny, monkeypatch, tmp_path, press_ctrl_c_at):
     command = ["run", NAME, "--variant", "clipped", "--epochs", 2]
     invoke(*command, "--results", tmp_path / "straight")
     with monkeypatch.context() as patch:
@@ -441,7 +428,7 @@ def test_an_interrupted_run_gives_the_same_record(tiny, monkeypatch, tmp_path):
     assert without_time(resumed) == without_time(straight)
 
 
-def test_a_run_of_another_length_does_not_continue_this_one(tiny, monkeypatch):
+def test_a_run_of_another_length_does_not_continue_this_one(tiny, monkeypatch, press_ctrl_c_at):
     """Its learning rate falls at another pace."""
     command = ["run", NAME, "--variant", "clipped"]
     with monkeypatch.context() as patch:
@@ -466,7 +453,7 @@ def test_stopped_before_anything_was_saved(toy):
     assert not Path("results").exists()
 
 
-def test_ctrl_c_while_the_record_is_written_loses_nothing(tiny, monkeypatch):
+def test_ctrl_c_while_the_record_is_written_loses_nothing(tiny, monkeypatch, press_ctrl_c_at):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -480,7 +467,7 @@ def test_ctrl_c_while_the_record_is_written_loses_nothing(tiny, monkeypatch):
     assert list(Path("runs").iterdir()) == []
 
 
-def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys, press_ctrl_c_at):
     command = ["run", NAME, "--variant", "clipped"]
     with monkeypatch.context() as patch:
         press_ctrl_c_at(5, patch)

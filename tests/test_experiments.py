@@ -3,8 +3,6 @@
 import copy
 import functools
 import math
-import os
-import signal
 from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import pairwise
@@ -15,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnnbook import data, experiments, probes, records, training
+from bnnbook import data, experiments, records, training
 from bnnbook.binarize import real_weight, sign, ste_sign
 from bnnbook.experiments import binaryconnect
 from bnnbook.layers import binary_layers
@@ -67,19 +65,6 @@ def started(monkeypatch):
 
 def use_tiny(monkeypatch, experiment, **changes):
     monkeypatch.setitem(binaryconnect.RECIPES, experiment, {"small": replace(TINY, **changes)})
-
-
-def press_ctrl_c_at(step, monkeypatch):
-    """Let this process get a SIGINT after so many training steps."""
-    count, original = [], probes.FlipRatio.step
-
-    def counted(self):
-        original(self)
-        count.append(1)
-        if len(count) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(probes.FlipRatio, "step", counted)
 
 
 # --- Names -------------------------------------------------------------------------------------
@@ -462,7 +447,9 @@ def test_a_network_that_leaves_nothing_to_chance_has_one_sample():
 
 
 @pytest.mark.parametrize("variant", ["stochastic", "dropout"])
-def test_an_interrupted_run_ends_in_the_same_record(variant, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_in_the_same_record(
+    variant, tmp_path, monkeypatch, press_ctrl_c_at
+):
     use_tiny(monkeypatch, "table2", epochs=2)
     straight = binaryconnect.table2(variant, device="cpu")
     path = tmp_path / "run.pt"
