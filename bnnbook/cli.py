@@ -53,13 +53,18 @@ def run(
     results: Results = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Run an experiment and record it; interrupted with Ctrl-C, the same command continues."""
+    """Run an experiment and record it; interrupted with Ctrl-C, the same command continues.
+
+    Records of small-scale runs go to the folder of --runs, unless another one is named.
+    """
     from bnnbook import experiments, records
 
     _use_data(data)
     _, variants, recipes = experiments.find(experiment)
     _check_known("variant", variant or (), variants)
     _check_known("scale", [scale], recipes)
+    if scale == "small" and results is None and not os.environ.get("BNNBOOK_RESULTS"):
+        results = runs  # the package's own folder is for full-scale records, which chapters read
     for number in seed or [0]:
         for name in variant or variants:
             there = records.find(experiment, name, number, results, scale)

@@ -188,6 +188,16 @@ def test_run_passes_its_options_on(toy, tmp_path):
     assert records.find("toy.table", "b", 3) is not None
 
 
+def test_a_small_run_leaves_the_shipped_records_alone(tiny, monkeypatch, tmp_path):
+    """They count towards the freshness of the chapters that read them."""
+    monkeypatch.delenv("BNNBOOK_RESULTS")
+    before = sorted(records.results_folder().rglob("*"))
+    result = invoke("run", NAME, "--variant", "clipped", "--epochs", 1, "--runs", tmp_path / "my")
+    assert sorted(records.results_folder().rglob("*")) == before
+    path = records.find(NAME, "clipped", 0, tmp_path / "my", "small")
+    assert str(path) in result.stdout
+
+
 def test_records_of_the_two_scales_are_kept_apart(toy):
     invoke("run", "toy.table", "--variant", "a")
     invoke("run", "toy.table", "--variant", "a", "--scale", "full")
