@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign, stochastic_sign
-from bnnbook.layers import SquaredHingeLoss, binary_layers
+from bnnbook.layers import SquaredHingeLoss, binary_layers, quantized_by
 from bnnbook.models import binaryconnect_mlp
 from bnnbook.optim import clip_after_step, glorot_scaled_groups
 from bnnbook.probes import FlipRatio, Saturation, latent_histogram, layer_weight, share_above
@@ -229,10 +229,8 @@ def inference_modes(fitted: Fit, seed: int, samples: int = 30) -> dict[str, floa
         "sign": error(fitted, fitted.tested_with(ste_sign)),
         "real": error(fitted, fitted.tested_with(real_weight)),
     }
-    mismatched = copy.deepcopy(fitted.model)
-    for layer in binary_layers(mismatched):
-        layer.weight_quantizer = real_weight
-    errors["real, training statistics"] = error(fitted, mismatched)
+    with quantized_by(fitted.model, real_weight):
+        errors["real, training statistics"] = error(fitted, fitted.model)
     outputs = sampled_outputs(fitted, seed, samples)
     labels = fitted.dataset.test_labels
     errors["one sample"] = 1 - training.accuracy(outputs[0], labels)
