@@ -78,8 +78,8 @@ lint: setup ## style of the code
 serve: book ## show the book at http://localhost:8000 (PORT=…)
 	@$(PY) -m http.server --directory _build/html --bind 127.0.0.1 $(PORT)
 
-bench: setup ## time the library against plain PyTorch
-	@for benchmark in benchmarks/*.py; do $(PY) "$$benchmark"; done
+bench: setup ## time the library against plain PyTorch; writes benchmarks/results/DEVICE.json
+	@$(PY) -m benchmarks
 
 clean: ## remove the built site and all caches (not .venv, not notebooks/)
 	rm -rf _build .cache .pytest_cache .ruff_cache

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Our name -> the name of torchvision's class.
@@ -451,13 +451,17 @@ def _batches(images, labels, batch_size, generator, drop_last):
             yield images[index], labels[index]
 
 
-def crop(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, padding: int) -> Tensor:
+def crop(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, padding: int,
+         size: int | None = None) -> Tensor:  # fmt: skip
     """Pad with zeros, then cut from each image the window at its (top, left), mirrored on a flip.
 
-    ``images`` is (N, C, H, W), and so is the result; the others are (N,). Offsets count from 0 to
-    2·``padding``; both at ``padding`` give the image itself.
+    ``images`` is (N, C, H, W); the windows are ``size`` × ``size``, by default H × W; the others
+    are (N,). Offsets count from 0 to H + 2·``padding`` − ``size``, and alike for W; without a
+    ``size`` both at ``padding`` give the image itself.
     """
     n, c, h, w = images.shape
+    if size is not None:
+        h = w = size
     padded = F.pad(images, (padding,) * 4)
     rows = tops[:, None] + torch.arange(h, device=images.device)
     columns = lefts[:, None] + torch.arange(w, device=images.device)
@@ -482,6 +486,159 @@ def crop_flip(padding: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]
         return crop(images, tops, lefts, flips, padding)
 
     return augment
+
+
+def random_crop(size: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
+    r"""Return AlexNet's augmentation: a random ``size`` × ``size`` window, mirrored half the time.
+
+    No padding: images (N, C, H, W) must be larger. Each image draws its own offset and flip, from
+    the global generator of its device. An image has :math:`2\,(H - s + 1)(W - s + 1)` views for
+    s = ``size``: 2178 for 224 out of 256, where the paper counts 2048 (section 4.1). Its released
+    code gives 32 images in a row the same offset and flip. Test on `centre_crop` or
+    `TenViewAverage`. A ``size`` below 1 or above H or W raises ValueError.
+    """
+
+    def augment(images: Tensor) -> Tensor:
+        _check_window(images, size)
+        n, device = len(images), images.device
+        tops, lefts = (torch.randint(side - size + 1, (n,), device=device)
+                       for side in images.shape[2:])  # fmt: skip
+        flips = (torch.rand(n, device=device) < 0.5) & flip
+        return crop(images, tops, lefts, flips, padding=0, size=size)
+
+    return augment
+
+
+def centre_crop(size: int) -> Callable[[Tensor], Tensor]:
+    """Return x -> its ``size`` × ``size`` middle; images that are so large already pass unchanged.
+
+    So ``compose(centre_crop(28), standardize(dataset))`` preprocesses the random crops of training
+    and the whole images of testing alike. A window that does not fit raises ValueError.
+
+    >>> centre_crop(2)(torch.arange(16).view(1, 1, 4, 4)).tolist()
+    [[[[5, 6], [9, 10]]]]
+    """
+
+    def cut(images: Tensor) -> Tensor:
+        _check_window(images, size)
+        top, left = ((side - size) // 2 for side in images.shape[2:])
+        return images[:, :, top : top + size, left : left + size]
+
+    return cut
+
+
+def ten_views(images: Tensor, size: int) -> Tensor:
+    """Return AlexNet's ten test views of each image: the corners, the centre, and their mirrors.
+
+    (N, C, H, W) becomes (10, N, C, ``size``, ``size``); view i + 5 mirrors view i (section 4.1).
+    A window that does not fit raises ValueError.
+
+    >>> ten_views(torch.arange(9).view(1, 1, 3, 3), 1).flatten().tolist()
+    [0, 2, 6, 8, 4, 0, 2, 6, 8, 4]
+    """
+    _check_window(images, size)
+    bottom, right = (side - size for side in images.shape[2:])
+    corners = ((0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2))
+    views = [images[:, :, y : y + size, x : x + size] for y, x in corners]
+    return torch.stack([*views, *(view.flip(3) for view in views)])
+
+
+class TenViewAverage(nn.Module):
+    r"""Wrap a classifier to answer with the mean of its softmaxes over `ten_views`.
+
+    :math:`p = \frac{1}{10} \sum_{i=1}^{10} \operatorname{softmax} f(v_i)` for the ``model`` f and
+    the views :math:`v_i` of ``size`` × ``size`` pixels (AlexNet, section 4.1). Input: whole
+    images, preprocessed, (N, C, H, W); output: probabilities (N, classes). For example
+    ``evaluate(TenViewAverage(model, 28), images, labels, preprocess=standardize(dataset))``.
+    """
+
+    def __init__(self, model: nn.Module, size: int):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the mean probabilities, one view after the other to spare memory."""
+        views = ten_views(images, self.size)
+        return sum(self.model(view).float().softmax(1) for view in views) / len(views)
+
+
+def _check_window(images: Tensor, size: int) -> None:
+    if images.ndim != 4 or not 1 <= size <= min(images.shape[2:]):
+        shape = tuple(images.shape)
+        raise ValueError(f"cannot cut {size}×{size} from images (N, C, H, W) of shape {shape}")
+
+
+def compose(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return x -> the steps one after the other, the first one first; none leave x as it is.
+
+    >>> compose(centre_crop(2), unit_range)(torch.full((1, 1, 4, 4), 51)).flatten().tolist()
+    [0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]
+    """
+
+    def apply(images: Tensor) -> Tensor:
+        for step in steps:
+            images = step(images)
+        return images
+
+    # a checkpoint knows its augmentation by this name
+    names = (getattr(step, "__qualname__", type(step).__name__) for step in steps)
+    apply.__qualname__ = f"compose({', '.join(names)})"
+    return apply
+
+
+def pca_colour_noise(dataset: Dataset, scale: float = 0.1,
+                     power: float = 1.0) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    r"""Return AlexNet's colour augmentation: each image shifts along the principal colours.
+
+    To every RGB pixel of an image is added
+    :math:`[p_1\,p_2\,p_3]\,[\alpha_1\lambda_1, \alpha_2\lambda_2, \alpha_3\lambda_3]^\top` with
+    :math:`\alpha_i \sim N(0,\ \sigma^2)`, σ = ``scale``, drawn once per image and use (section
+    4.1). :math:`p_i` and :math:`\lambda_i` are the `colour_components` of the training pixels *in
+    [0, 1]*. The scale matters, for :math:`\lambda` grows with its square, and the paper names
+    none. Its released code appears to multiply by :math:`\sqrt{\lambda_i}`: ``power=0.5``.
+
+    Images are (N, 3, H, W), uint8 or floating point from 0 to 255; the result is float32 on that
+    scale, neither rounded nor clipped, so that every preprocessing takes it as it takes uint8:
+    ``augment=compose(crop_flip(), pca_colour_noise(dataset))``. After a padded crop the padding is
+    shifted as well. Other than three channels raise ValueError.
+    """
+    if power not in (0.5, 1.0):
+        raise ValueError(f"power must be 1 (the paper) or 0.5 (its released code), not {power!r}")
+    values, vectors = colour_components(dataset.train_images)
+    axes = (255 * scale * values**power * vectors).T.float()  # row i: one deviation along p_i
+
+    def augment(images: Tensor) -> Tensor:
+        nonlocal axes
+        _check_colour(images)
+        axes = axes.to(images.device)
+        noise = torch.randn(len(images), 3, device=images.device) @ axes
+        return images.to(torch.float32) + noise[:, :, None, None]
+
+    return augment
+
+
+def colour_components(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (3,), largest first, and eigenvectors (3, 3), as columns, of the colours.
+
+    They are those of the covariance of RGB values in [0, 1] over all pixels of all images, uint8
+    of shape (N, 3, H, W). The largest entry of each eigenvector is positive.
+    """
+    _check_colour(images)
+    count, total, square = images.numel() // 3, 0, 0
+    for part in _chunks(images):
+        # whole numbers, which float64 adds exactly: no device and no thread count changes them
+        part = part.transpose(0, 1).flatten(1).double()
+        total, square = total + part.sum(1), square + part @ part.T
+    mean = total.cpu() / count
+    covariance = (square.cpu() / count - mean.outer(mean)) / 255**2
+    values, vectors = torch.linalg.eigh(covariance)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _check_colour(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"colours need images (N, 3, H, W), not {tuple(images.shape)}")
 
 
 def unit_range(images: Tensor) -> Tensor:
@@ -531,6 +688,68 @@ def standardize(dataset: Dataset) -> Callable[[Tensor], Tensor]:
         return (unit_range(images) - mean) / std
 
     return preprocess
+
+
+def contrast_normalize(images: Tensor, scale: float = 55.0, epsilon: float = 1e-8) -> Tensor:
+    r"""Return images of mean 0 and length ``scale``: global contrast normalisation.
+
+    :math:`x \mapsto s\,(x - \bar x) / \lVert x - \bar x \rVert_2` for each image by itself, mean
+    :math:`\bar x` and norm over all its channels and pixels; s = ``scale``, BinaryConnect's 55.
+    An image whose :math:`\lVert x - \bar x \rVert_2 / s` is below ``epsilon`` (all its pixels are
+    alike) is not divided. uint8 (N, C, H, W) become float32; floating point keeps its type.
+
+    >>> contrast_normalize(torch.tensor([[[[3, 11]]]], dtype=torch.uint8), scale=2 ** 0.5)
+    tensor([[[[-1.,  1.]]]])
+    """
+    images = images if images.is_floating_point() else images.to(torch.float32)
+    centred = images - images.mean((1, 2, 3), keepdim=True)
+    divisor = centred.square().sum((1, 2, 3), keepdim=True).sqrt() / scale
+    return centred / divisor.where(divisor >= epsilon, 1)
+
+
+def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
+               with_validation: bool = True) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    r"""Return BinaryConnect's preprocessing of CIFAR-10: `contrast_normalize`, then ZCA whitening.
+
+    :math:`x \mapsto U \Lambda^{-1/2} U^\top (x - m)` with
+    :math:`U \Lambda U^\top = \Sigma + b I`; m and Σ are mean and covariance of the
+    contrast-normalised training images, each a vector of its C·H·W values; b = ``bias`` is added
+    before the decomposition (released code, which takes these steps from pylearn2). The original
+    fits on all 50 000 training images, those it validates on included; ``with_validation=False``
+    leaves out what `Dataset.hold_out` put aside.
+
+    uint8 (N, C, H, W) become float32. Fitting is in float64, its eigenproblem of size C·H·W on
+    the CPU: for CIFAR-10 most of a minute on two cores, so make it once and use it for all runs.
+    Images of another shape raise ValueError.
+    """
+    parts = [dataset.train_images]
+    if with_validation and dataset.validation_images is not None:
+        parts.append(dataset.validation_images)
+    mean, covariance = _contrast_statistics(parts, scale)
+    values, vectors = torch.linalg.eigh(covariance + bias * torch.eye(len(mean)).double())
+    matrix = ((vectors * values.rsqrt()) @ vectors.T).float()
+    mean, shape = mean.float(), dataset.train_images.shape[1:]
+
+    def preprocess(images: Tensor) -> Tensor:
+        nonlocal mean, matrix
+        if images.shape[1:] != shape:
+            raise ValueError(f"fitted on images {tuple(shape)}, not {tuple(images.shape[1:])}")
+        mean, matrix = mean.to(images.device), matrix.to(images.device)
+        centred = contrast_normalize(images, scale).to(torch.float32).flatten(1) - mean
+        return (centred @ matrix).view(images.shape)
+
+    return preprocess
+
+
+def _contrast_statistics(parts: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Return mean (D,) and covariance (D, D) of contrast-normalised images, in float64."""
+    total = square = 0
+    for images in (chunk for part in parts for chunk in _chunks(part)):
+        x = contrast_normalize(images.double(), scale).flatten(1)
+        total, square = total + x.sum(0), square + x.T @ x
+    count = sum(len(part) for part in parts)
+    mean = total.cpu() / count
+    return mean, square.cpu() / count - mean.outer(mean)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Layers whose weights are binary when they are multiplied, and the loss that goes with them.
+"""Layers whose weights are binary when they are multiplied, and what stands around them.
 
 Three kinds of weight, three words: a *latent* weight is real and only its sign is used, a *binary*
 weight is exactly -1 or +1, a *real* weight is an ordinary parameter.
@@ -21,6 +21,8 @@ class BinaryLayer:
     """What binary layers share: a trained ``weight``, and the binary one made from it.
 
     ``weight`` is latent (real) when ``weight_quantizer`` is set, exactly -1 or +1 when it is None.
+    In the latter case only an optimizer that flips signs may train it (`optim.Bop`,
+    `optim.CascadedEMA`), and loading other values than ±1 raises RuntimeError.
     """
 
     weight: nn.Parameter
@@ -51,6 +53,14 @@ class BinaryLayer:
                 self.weight.copy_(sign(self.weight))
             if self.bias is not None:
                 self.bias.zero_()
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        weight, errors = state_dict.get(prefix + "weight"), rest[-1]
+        if self.weight_quantizer is None and weight is not None and not (weight.abs() == 1).all():
+            errors.append(f"{prefix}weight must be exactly ±1 without a weight_quantizer; to take "
+                          "the signs of latent weights, load them into a layer that has one, then "
+                          "call set_quantizers(None, ...)")  # fmt: skip
 
     def extra_repr(self) -> str:
         """Add the quantizers' names to what torch prints."""
@@ -94,19 +104,273 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
     r"""Convolve with binary weights: :math:`y = q_x(x) \circledast q_w(W) + b`.
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W') as in `torch.nn.Conv2d`; the
-    quantizers are those of `BinaryLinear`. Zero padding adds a third value to a binary input.
+    quantizers are those of `BinaryLinear`.
+
+    ``padding_value`` fills the border of the quantized input. 0, as in the papers' codes, adds a
+    third value to a binary input; 1 or -1 keep it binary. Others raise ValueError.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, *, stride=1, padding=0,
                  groups: int = 1, weight_quantizer=ste_sign, input_quantizer=None,
-                 bias: bool = False):  # fmt: skip
+                 bias: bool = False, padding_value: float = 0.0):  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
                          groups=groups, bias=bias)  # fmt: skip
+        if padding_value not in (-1, 0, 1):
+            raise ValueError(f"padding_value must be 0, 1 or -1, not {padding_value!r}")
+        self.padding_value = padding_value
         self.set_quantizers(weight_quantizer, input_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution for x of shape (N, in_channels, H, W)."""
-        return self._conv_forward(self.quantized_input(x), self.binary_weight(), self.bias)
+        x, weight = self.quantized_input(x), self.binary_weight()
+        return self._convolve(x, weight, self.bias, self.groups)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        padding = self.padding
+        if self.padding_value:
+            x = F.pad(x, self._reversed_padding_repeated_twice, value=self.padding_value)
+            padding = 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def extra_repr(self) -> str:
+        """Add the padding value, if it is not torch's, to what torch prints."""
+        padded = f", padding_value={self.padding_value}" if self.padding_value else ""
+        return super().extra_repr() + padded
+
+
+class _WinnerTakesAll(torch.autograd.Function):
+    """Forward: the best expert of each sample. Backward: as if a softmax had mixed them."""
+
+    @staticmethod
+    def forward(ctx, scores, experts, temperature):
+        ctx.temperature = temperature
+        ctx.save_for_backward(scores, experts)
+        return experts[scores.argmax(1)]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scores, experts = ctx.saved_tensors
+        indices = torch.arange(len(experts), device=scores.device)
+        fires = (scores.argmax(1)[:, None] == indices).to(gradient.dtype)
+        # relative to expert 0, which the Jacobian ignores: equal experts then give exactly 0
+        to_gate = gradient @ (experts - experts[0]).T
+        highest = scores.amax(1, keepdim=True)
+        s = ((scores - highest).to(gradient.dtype) / ctx.temperature).softmax(1)
+        to_scores = s * (to_gate - (s * to_gate).sum(1, keepdim=True)) / ctx.temperature
+        return to_scores.to(scores.dtype), fires.T @ gradient, None
+
+
+class ExpertBinaryConv2d(BinaryConv2d):
+    r"""Convolve each sample with one of several binary weights, which its own input chooses.
+
+    .. math::
+
+        y = q_x(x) \circledast q_w(W_k) + b, \qquad k = \operatorname{argmax}_j z_j, \qquad
+        z = \omega\, \bar x + c
+
+    where :math:`\bar x` is the mean of the real input over its positions, and :math:`\omega, c`
+    is ``gate``, a real linear layer (expert binary networks, equations 2, 3 and 5; the constant c
+    is in the code only). The winner takes all: one expert fires for each sample, the first of
+    equal ones. On the way back only the winner's weights get a gradient, but all scores do, as if
+    :math:`\sum_j s_j\, q_w(W_j)` had been used with :math:`s = \operatorname{softmax}(z / T)`, T =
+    ``temperature``:
+
+    .. math::
+
+        \frac{\partial L}{\partial z_j} = \frac{s_j}{T} \Big(g_j - \sum_i s_i\, g_i\Big), \qquad
+        g_j = \Big\langle \frac{\partial L}{\partial q_w(W_k)},\ q_w(W_j) \Big\rangle .
+
+    Equation 4 means this softmax; with the one-hot choice it would be 0. Equal experts, as
+    `replicate` makes them, give the gate a gradient of exactly 0.
+
+    ``weight`` has the shape (experts, out_channels, in_channels // groups, kh, kw); the weight
+    quantizer sees the first two as one, so that each output channel of each expert has its own
+    scale. ``bias`` is shared. Input and output as in `BinaryConv2d`, but always with N. Numbers of
+    experts and temperatures that are not positive, and other inputs, raise ValueError.
+
+    Source: Bulat, Martinez, Tzimiropoulos, ICLR 2021 (read as arXiv 2010.03558v1).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, *, experts: int = 4,
+                 stride=1, padding=0, groups: int = 1, weight_quantizer=ste_sign,
+                 input_quantizer=ste_sign, bias: bool = False, temperature: float = 1.0,
+                 padding_value: float = 0.0):  # fmt: skip
+        if experts < 1 or not temperature > 0:
+            raise ValueError("experts and temperature must be positive, "
+                             f"not {experts!r} and {temperature!r}")  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
+                         groups=groups, bias=bias, padding_value=padding_value)  # fmt: skip
+        self.experts, self.temperature = experts, temperature
+        self.weight = nn.Parameter(self.weight.new_empty(experts, *self.weight.shape))
+        self.gate = nn.Linear(in_channels, experts)
+        self.reset_parameters()
+        self.set_quantizers(weight_quantizer, input_quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, out_channels, H', W') for x of shape (N, in_channels, H, W)."""
+        scores, experts = self._scores(x), self.binary_weight().flatten(1)
+        weight = _WinnerTakesAll.apply(scores, experts, self.temperature)
+        # one grouped convolution for all samples: they stand side by side, as channels of one
+        x = self.quantized_input(x).flatten(0, 1)[None]
+        weight = weight.view(-1, *self.weight.shape[2:])
+        bias = None if self.bias is None else self.bias.repeat(len(scores))
+        y = self._convolve(x, weight, bias, self.groups * len(scores))
+        return y.reshape(len(scores), self.out_channels, *y.shape[2:])
+
+    def binary_weight(self) -> Tensor:
+        """Return the binary weights of all experts, in the shape of ``weight``."""
+        if self.weight_quantizer is None:
+            return self.weight
+        return self.weight_quantizer(self.weight.flatten(0, 1)).reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def selected(self, x: Tensor) -> Tensor:
+        """Return which expert fires for each sample of x: (N,), integers from 0."""
+        return self._scores(x).argmax(1)
+
+    @torch.no_grad()
+    def replicate(self, index: int = 0) -> None:
+        """Give all experts the weights of one, the paper's start; the gate stays as it is."""
+        self.weight.copy_(self.weight[index].clone())
+
+    def _scores(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"the input must be (N, {self.in_channels}, H, W), "
+                             f"not {tuple(x.shape)}")  # fmt: skip
+        return self.gate(x.mean((2, 3)))
+
+    def extra_repr(self) -> str:
+        """Add the number of experts to what torch prints."""
+        return f"{super().extra_repr()}, experts={self.experts}, temperature={self.temperature}"
+
+
+def _over_channels(values: Tensor, x: Tensor) -> Tensor:
+    """Return values, one for each channel, in a shape and dtype that fit x of (N, C, ...)."""
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+
+class LearnableShift(nn.Module):
+    r"""Add a learned number to each channel: :math:`y = x + b_c`, with b = ``shift``.
+
+    Before a sign, -b is a learned threshold. Input and output (N, channels, ...); b starts at 0.
+
+    Source: ReActNet's RSign (Liu et al., ECCV 2020; recalled), which is this shift, then the sign.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the shifted input."""
+        return x + _over_channels(self.shift, x)
+
+
+class RPReLU(nn.Module):
+    r"""PReLU between two learned shifts: :math:`y = f_c(x - \gamma_c) + \zeta_c`.
+
+    :math:`f_c(u) = u` where :math:`u > 0`, else :math:`\beta_c u`. Each channel has its own
+    :math:`\gamma` = ``gamma`` and :math:`\zeta` = ``zeta``, which start at 0, and :math:`\beta` =
+    ``slope``, which starts at 0.25. Input and output (N, channels, ...).
+
+    Source: ReActNet (Liu et al., ECCV 2020; recalled).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.slope = nn.Parameter(torch.full((channels,), 0.25))
+        self.zeta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation of x."""
+        bent = F.prelu(x - _over_channels(self.gamma, x), self.slope.to(x.dtype))
+        return bent + _over_channels(self.zeta, x)
+
+
+class ChannelScale(nn.Module):
+    r"""Multiply each channel by a learned number: :math:`y = a_c\, x`, with a = ``scale``.
+
+    Input and output (N, channels, ...); a starts at 1. After a binary convolution it is what
+    XNOR-Net's analytic scale became: learned by backpropagation.
+
+    Source: Bulat, Martinez, Tzimiropoulos, ICLR 2021, equation 1.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scaled input."""
+        return x * _over_channels(self.scale, x)
+
+
+class DataDrivenScale(nn.Module):
+    r"""Compute a scale for each output channel from the input: :math:`G(x)` in (0, 1).
+
+    .. math:: G(x) = \sigma\big(V \max(0,\ U \bar x)\big)
+
+    with :math:`\bar x` the mean of the real, pre-sign input over its positions, U (hidden,
+    in_channels) and V (out_channels, hidden), without biases, and the logistic :math:`\sigma`.
+    hidden is ``out_channels // reduction``, at least 1. Input (N, in_channels, H, W), output
+    (N, out_channels, 1, 1): multiply the convolution's output by it. A ``reduction`` below 1
+    raises ValueError.
+
+    Source: Real-to-Binary (Martinez et al., ICLR 2020), where r = 8 is ``reduction``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, reduction: int = 8):
+        super().__init__()
+        if reduction < 1:
+            raise ValueError(f"reduction must be 1 or more, not {reduction!r}")
+        hidden = max(1, out_channels // reduction)
+        self.squeeze = nn.Linear(in_channels, hidden, bias=False)
+        self.excite = nn.Linear(hidden, out_channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scales."""
+        return self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+
+class LocalResponseNorm(nn.Module):
+    r"""Divide each activation by the activity of its neighbouring channels, at the same place.
+
+    .. math::
+
+        b^i = a^i \Big/ \Big(k + \alpha \sum_{j = \max(0,\, i - n/2)}^{\min(C - 1,\, i + n/2)}
+        (a^j)^2\Big)^{\beta}
+
+    n = ``size`` channels are summed, fewer at the ends; an even or negative one raises ValueError.
+    There is no :math:`\alpha / n` as in `torch.nn.LocalResponseNorm` and in AlexNet's released
+    code: for what the code ran, pass ``alpha=2e-5``. Input and output (N, C, ...); half precision
+    is computed in float32, because in float16 the square of 256 overflows.
+
+    On activations of order 1 it only divides by :math:`k^\beta`; it was made for pixels from 0 to
+    255.
+
+    Source: AlexNet (Krizhevsky, Sutskever, Hinton, NIPS 2012), section 3.3.
+    """
+
+    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
+        super().__init__()
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size must be odd and positive, not {size!r}")
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised input."""
+        a = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        ends = [0, 0] * (x.dim() - 2) + [self.size // 2] * 2
+        squares = F.pad(a.square(), ends)
+        # shifted sums: less than half the time of torch's pooling over channels on a CPU
+        shifted = [squares.narrow(1, first, x.shape[1]) for first in range(self.size)]
+        activity = sum(shifted[1:], shifted[0])
+        return (a * (self.k + self.alpha * activity).pow(-self.beta)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Name the constants in what torch prints."""
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
 def binary_layers(model: nn.Module) -> Iterator[BinaryLayer]:

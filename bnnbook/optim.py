@@ -1,11 +1,433 @@
-"""Which parameters are binary, how fast each may move, and what happens after a step."""
+"""Optimizers of binary weights, which parameters they take, and how fast each may move.
 
+Three update rules of one family: the gradient is filtered, and a weight that agrees in sign with
+its filtered gradient by more than a threshold flips.
+
+- `Bop` keeps weights of exactly -1 or +1 and one moving average, of rate gamma; any threshold.
+- `CascadedEMA` keeps weights of exactly -1 or +1 and two averages, of rates gamma and alpha, one
+  behind the other; threshold 0.
+- `LatentSGD` keeps real (latent) weights, whose sign is used. Started from 0 they are a scaled
+  copy of the cascade's second average, with alpha = lr times weight_decay.
+
+``group["lr"]`` is the rate that a torch scheduler decays: alpha of `CascadedEMA`, gamma of `Bop`,
+the learning rate of `LatentSGD`. `rate_as_lr` hands any other rate to a scheduler.
+"""
+
+import functools
 import math
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bnnbook.binarize import sign, stochastic_sign
 from bnnbook.layers import binary_layers, clip_latent_weights
+
+Tensors = list[Tensor]
+
+
+def decayed_sum(sums: Tensors, terms: Tensors, decay: float | Tensor, scale) -> None:
+    r"""Update in place :math:`x \leftarrow (1 - d)\,x + c\,u`, which all three rules consist of.
+
+    x = ``sums`` and u = ``terms`` are lists of tensors, d = ``decay`` and c = ``scale`` numbers or
+    0-dimensional tensors. With c = d, x is the exponential moving average of u with rate d.
+
+    >>> x = [torch.zeros(1)]
+    >>> decayed_sum(x, [torch.ones(1)], 0.1, 0.1); x
+    [tensor([0.1000])]
+    """
+    torch._foreach_mul_(sums, 1 - decay)
+    torch._foreach_add_(sums, torch._foreach_mul(terms, scale))
+
+
+def flip_where(weights: Tensors, filtered: Tensors, threshold: float | Tensor) -> None:
+    r"""Flip in place the weights with :math:`\theta\,g > \tau`; equality flips nothing.
+
+    :math:`\theta` = ``weights`` (±1), g = ``filtered`` gradients, :math:`\tau` = ``threshold``.
+    In arithmetic, not with a mask, so that nothing waits for the device. NaN flips nothing.
+
+    >>> weights = [torch.tensor([1.0, 1.0, -1.0, -1.0])]
+    >>> flip_where(weights, [torch.tensor([0.2, -0.2, 0.0, -0.2])], 0.1); weights
+    [tensor([-1.,  1., -1.,  1.])]
+    """
+    flips = torch._foreach_mul(filtered, weights)
+    torch._foreach_sub_(flips, threshold)
+    torch._foreach_sign_(flips)
+    torch._foreach_clamp_min_(flips, 0)  # 1 where a weight flips, else 0
+    flips = [flip.to(weight.dtype) for flip, weight in zip(flips, weights, strict=True)]
+    torch._foreach_addcmul_(weights, weights, flips, value=-2)
+
+
+class FlipOptimizer(torch.optim.Optimizer):
+    """The family: what `Bop`, `CascadedEMA` and `LatentSGD` share around their update rules.
+
+    A rule says which buffers a weight has (each starts at 0), which numbers of a group its update
+    takes, within which bounds, and how one step changes weights and buffers.
+    """
+
+    lr_name: str  # what the paper calls group["lr"]
+    binary = True  # the weights are exactly -1 or +1
+
+    def __init__(self, params: Iterable, defaults: dict):
+        super().__init__(params, _with_lr(defaults, self.lr_name))
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group; its rates are checked, and binary weights become ±1 (0 becomes either)."""
+        super().add_param_group(_with_lr(param_group, self.lr_name))
+        group = self.param_groups[-1]
+        self.check(group)
+        if self.binary:
+            for weight in group["params"]:
+                binarize_(weight)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Update every weight that has a gradient; returns the closure's loss, if there is one."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            rates = self.rates(group)
+            weights, gradients, buffers = self._gather(group)
+            if not weights:
+                continue
+            if group["fused"]:  # as tensors, or each new rate would compile anew
+                rates = [torch.tensor(rate, dtype=torch.float64) for rate in rates]
+                _compiled(self.update)(weights, gradients, buffers, *rates)
+            elif weights[0].is_cuda:
+                self.update(weights, gradients, buffers, *rates)
+            else:  # one tensor at a time stays in a CPU's cache
+                for one in zip(weights, gradients, *buffers, strict=True):
+                    weight, gradient, *states = ([tensor] for tensor in one)
+                    self.update(weight, gradient, states, *rates)
+        return loss
+
+    def _gather(self, group: dict) -> tuple[Tensors, Tensors, list[Tensors]]:
+        """Return weights with a gradient, the gradients, and the list of each buffer."""
+        names = self.buffers(group)
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        gradients = []
+        for weight in weights:
+            dtype = _wide(weight)
+            for name in names:
+                if name not in self.state[weight]:
+                    self.state[weight][name] = torch.zeros_like(weight, dtype=dtype)
+            gradient = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+            gradients.append(gradient.to(dtype))
+        return weights, gradients, [[self.state[w][name] for w in weights] for name in names]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore buffers and rates; buffers of half-precision weights stay in float32."""
+        super().load_state_dict(state_dict)  # which casts each buffer to its weight's type
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for index, saved in state_dict["state"].items():
+            weight = weights[index]
+            wide = {k: v.to(weight.device, _wide(weight), copy=True) for k, v in saved.items()}
+            self.state[weight].update(wide)
+
+
+def _with_lr(group: dict, name: str) -> dict:
+    """Return the group with the rate called ``name`` under torch's key for it."""
+    group = dict(group)
+    if name in group:
+        group["lr"] = group.pop(name)
+    return group
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """Return the type of a weight's buffers: half precision would lose small updates."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@functools.cache
+def _compiled(update: Callable) -> Callable:
+    return torch.compile(update)
+
+
+@torch.no_grad()
+def binarize_(weight: Tensor) -> Tensor:
+    """Replace a weight by its sign, in place; an exact 0 becomes -1 or +1 at random.
+
+    The draw is torch's global generator's. A weight that stayed 0 could never flip.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(f"a binary weight is stored in a floating-point type, not {weight.dtype}")
+    return weight.copy_(torch.where(weight == 0, stochastic_sign(0 * weight), sign(weight)))
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not 0 < rate <= 1:
+        raise ValueError(f"{name} must be in (0, 1], not {rate}")
+
+
+class CascadedEMA(FlipOptimizer):
+    r"""Flip a weight when its twice averaged gradient points the same way (Quist et al., 2023).
+
+    With :math:`\nabla_i` the gradient with respect to the binary weight :math:`\theta`, in step i
+
+    .. math::
+
+        m_i &= (1 - \gamma)\, m_{i-1} + \gamma\, \nabla_i \\
+        g_i &= (1 - \alpha)\, g_{i-1} + \alpha\, m_i \\
+        \theta_i &= -\theta_{i-1} \text{ where } g_i\, \theta_{i-1} > 0,
+        \text{ else } \theta_{i-1}
+
+    from :math:`m_0 = g_0 = 0`. It is what SGD with momentum and weight decay does to the sign of
+    its latent weights when those start at 0 (see `LatentSGD`). No learning rate, no initial
+    magnitude and no clipping is left; multiplying a weight's gradients by a constant changes
+    nothing.
+
+    params: weights of layers with ``weight_quantizer=None``, or groups; they become ±1 here.
+    alpha: :math:`\alpha` in (0, 1]; about 1/alpha steps are remembered. ``group["lr"]``, which any
+    torch scheduler may decay, down to 0.
+    gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 makes the filter first-order.
+    fused: compile the update with `torch.compile` into one pass over memory (the first step then
+    takes some seconds; results are the same bit for bit).
+
+    After the first step every weight is minus the sign of its first gradient, so that about half
+    of them flip. Weights without a gradient are left alone. State: two buffers a weight, at least
+    float32: in bfloat16 a filter with alpha below 1/512 can get stuck, and rounding at random
+    costs more than the step (``benchmarks/buffers.py``). Raises ValueError for a rate outside
+    (0, 1].
+
+    >>> weight = nn.Parameter(torch.tensor([1.0, -1.0, 1.0]))
+    >>> optimizer = CascadedEMA([weight], alpha=0.01, gamma=0.1)
+    >>> weight.grad = torch.tensor([0.3, 0.3, 0.0])
+    >>> optimizer.step(); weight.data
+    tensor([-1., -1.,  1.])
+
+    Source: the released optimizer ``cema_optimizer.py``, which multiplies alpha by an lr of 1.
+    """
+
+    lr_name = "alpha"
+
+    def __init__(self, params: Iterable, alpha: float, gamma: float, *, fused: bool = False):
+        super().__init__(params, {"alpha": alpha, "gamma": gamma, "fused": fused})
+
+    @staticmethod
+    def update(weights: Tensors, gradients: Tensors, buffers, gamma, alpha) -> None:
+        """Do one step of the rule on lists of tensors."""
+        m, g = buffers
+        decayed_sum(m, gradients, gamma, gamma)
+        decayed_sum(g, m, alpha, alpha)
+        flip_where(weights, g, 0.0)
+
+    @staticmethod
+    def buffers(group: dict) -> tuple[str, ...]:
+        """Name the buffers: m and g."""
+        return ("momentum", "filtered_gradient")
+
+    @staticmethod
+    def check(group: dict) -> None:
+        """Raise ValueError unless both rates lie in (0, 1]."""
+        _check_rate("alpha", group["lr"])
+        _check_rate("gamma", group["gamma"])
+
+    @staticmethod
+    def rates(group: dict) -> tuple[float, ...]:
+        """Return gamma and alpha as they are in this step."""
+        return _scheduled(group, "gamma"), _scheduled(group, "lr")
+
+
+class Bop(FlipOptimizer):
+    r"""Flip a weight when its averaged gradient exceeds a threshold (Helwegen et al., 2019).
+
+    With :math:`g_t` the gradient with respect to the binary weight w, in step t (algorithm 2)
+
+    .. math::
+
+        m_t &= (1 - \gamma)\, m_{t-1} + \gamma\, g_t \\
+        w_t &= -w_{t-1} \text{ where } |m_t| > \tau
+        \text{ and } \operatorname{sign} m_t = \operatorname{sign} w_{t-1},
+        \text{ else } w_{t-1}
+
+    from :math:`m_0 = 0`. The paper's equation 6 has :math:`\ge`, its algorithm 2 and this class
+    :math:`>`; the released code sets a tie to +1, here a tie keeps its weight.
+    With ``threshold=0`` it is `CascadedEMA` with gamma = 1 and this gamma as alpha.
+
+    params: weights of layers with ``weight_quantizer=None``, or groups; they become ±1 here.
+    gamma: :math:`\gamma`, the adaptivity rate, in (0, 1]; ``group["lr"]``, which any torch
+    scheduler may decay, down to 0.
+    threshold: :math:`\tau \ge 0`, in units of the gradient (the loss's scale matters).
+    fused: as for `CascadedEMA`.
+
+    State: one buffer a weight. Raises ValueError for a rate outside (0, 1] or a threshold < 0.
+
+    >>> weight = nn.Parameter(torch.tensor([1.0, 1.0, -1.0]))
+    >>> optimizer = Bop([weight], gamma=0.1, threshold=0.01)
+    >>> weight.grad = torch.tensor([0.3, 0.05, 0.3])
+    >>> optimizer.step(); weight.data
+    tensor([-1.,  1., -1.])
+    """
+
+    lr_name = "gamma"
+
+    def __init__(self, params: Iterable, gamma: float, threshold: float, *, fused: bool = False):
+        super().__init__(params, {"gamma": gamma, "threshold": threshold, "fused": fused})
+
+    @staticmethod
+    def update(weights: Tensors, gradients: Tensors, buffers, gamma, threshold) -> None:
+        """Do one step of the rule on lists of tensors."""
+        (m,) = buffers
+        decayed_sum(m, gradients, gamma, gamma)
+        flip_where(weights, m, threshold)
+
+    @staticmethod
+    def buffers(group: dict) -> tuple[str, ...]:
+        """Name the buffer: m."""
+        return ("momentum",)
+
+    @staticmethod
+    def check(group: dict) -> None:
+        """Raise ValueError for a rate outside (0, 1] or a threshold that is no number >= 0."""
+        _check_rate("gamma", group["lr"])
+        if not 0 <= group["threshold"] < math.inf:
+            raise ValueError(f"threshold must be a number >= 0, not {group['threshold']}")
+
+    @staticmethod
+    def rates(group: dict) -> tuple[float, ...]:
+        """Return gamma and threshold as they are in this step."""
+        return _scheduled(group, "lr"), group["threshold"]
+
+
+class LatentSGD(FlipOptimizer):
+    r"""Train latent weights by SGD with momentum as a moving average and decoupled weight decay.
+
+    With :math:`\nabla_i` the gradient that reaches the binary weight :math:`\operatorname{sign} w`
+
+    .. math::
+
+        m_i &= (1 - \gamma)\, m_{i-1} + \gamma\, \nabla_i \\
+        w_i &= w_{i-1} - \varepsilon\, (m_i + \lambda\, w_{i-1})
+
+    from :math:`m_0 = 0`, and then w is clipped to [-clip, clip] if ``clip`` is given. This is
+    the latent-weight optimizer that Quist et al. (2023) start from; ``torch.optim.SGD`` is another
+    filter: its decay passes through the momentum buffer and its gradient is not multiplied by
+    :math:`\gamma`.
+
+    Seen from the binary weights, :math:`-\lambda w` is a gradient averaged twice, with the rates
+    :math:`\gamma` and :math:`\alpha = \varepsilon\lambda`; without clipping and from w = 0 the
+    signs are those of `CascadedEMA`, for every :math:`\varepsilon` with the same product.
+
+    params: latent weights, or groups.
+    lr: :math:`\varepsilon \ge 0`.
+    gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 needs no buffer.
+    weight_decay: :math:`\lambda`, with :math:`\varepsilon\lambda \le 1`. A negative one makes
+    latent weights grow without bound, which Liu et al. (2021) try on purpose.
+    clip: bound of the latent weights, or None.
+    fused: as for `CascadedEMA`.
+
+    Raises ValueError for numbers outside these bounds. A latent weight that decays to exactly 0,
+    which takes a product :math:`\varepsilon\lambda > 1/2`, counts as +1.
+
+    >>> weight = nn.Parameter(torch.tensor([0.1, -0.5]))
+    >>> optimizer = LatentSGD([weight], lr=0.5, weight_decay=0.1)
+    >>> weight.grad = torch.tensor([1.0, 0.0])
+    >>> optimizer.step(); weight.data
+    tensor([-0.4050, -0.4750])
+    """
+
+    lr_name = "lr"
+    binary = False
+
+    def __init__(self, params: Iterable, lr: float, gamma: float = 1.0, weight_decay: float = 0.0,
+                 clip: float | None = None, *, fused: bool = False):  # fmt: skip
+        defaults = {"lr": lr, "gamma": gamma, "weight_decay": weight_decay, "clip": clip}
+        super().__init__(params, {**defaults, "fused": fused})
+
+    @staticmethod
+    def update(weights: Tensors, gradients: Tensors, buffers, gamma, decay, lr, *clip) -> None:
+        """Do one step of the rule on lists of tensors; decay is lr times weight_decay."""
+        m = buffers[0] if buffers else gradients
+        if buffers:
+            decayed_sum(m, gradients, gamma, gamma)
+        decayed_sum(weights, m, decay, -lr)
+        for bound in clip:
+            for weight in weights:
+                weight.clamp_(-bound, bound)
+
+    @staticmethod
+    def buffers(group: dict) -> tuple[str, ...]:
+        """Name the buffer: m, unless gamma is 1."""
+        return () if group["gamma"] == 1 else ("momentum",)
+
+    @staticmethod
+    def check(group: dict) -> None:
+        """Raise ValueError for numbers that make no optimizer."""
+        _check_rate("gamma", group["gamma"])
+        lr, decay, clip = group["lr"], group["weight_decay"], group["clip"]
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be a number >= 0, not {lr}")
+        if not -math.inf < lr * decay <= 1:
+            raise ValueError(f"lr * weight_decay must be at most 1, not {lr} * {decay}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be None or > 0, not {clip}")
+
+    @staticmethod
+    def rates(group: dict) -> tuple[float, ...]:
+        """Return gamma, lr times weight_decay, lr and, if there is one, the bound of clipping."""
+        clip = () if group["clip"] is None else (group["clip"],)
+        lr = group["lr"]
+        return _scheduled(group, "gamma"), lr * group["weight_decay"], lr, *clip
+
+
+def _scheduled(group: dict, name: str) -> float:
+    """Return a rate after a scheduler may have changed it: 0 is allowed then, it freezes."""
+    if not 0 <= group[name] <= 1:
+        raise ValueError(f"a scheduler set {name} to {group[name]}; it must stay in [0, 1]")
+    return group[name]
+
+
+class _Lent(dict):
+    """A group of an optimizer in which "lr" stands for another of its rates."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, index: int, name: str):
+        super().__init__(params=[])
+        self.optimizer, self.index = optimizer, index
+        self.names = {"lr": name, "initial_lr": f"initial_{name}"}
+
+    @property
+    def group(self) -> dict:  # looked up each time: load_state_dict makes new ones
+        return self.optimizer.param_groups[self.index]
+
+    def __contains__(self, key):
+        return self.names.get(key, key) in self.group
+
+    def __getitem__(self, key):
+        return self.group[self.names.get(key, key)]
+
+    def __setitem__(self, key, value):
+        self.group[self.names.get(key, key)] = value
+
+    def setdefault(self, key, default=None):
+        return self.group.setdefault(self.names.get(key, key), default)
+
+
+class _Lender(torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, name: str):
+        super().__init__([torch.empty(0)], {"lr": 0.0})
+        self.param_groups = [_Lent(optimizer, i, name) for i in range(len(optimizer.param_groups))]
+        optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def step(self, closure=None):
+        """Do nothing: schedulers count the steps."""
+
+
+def rate_as_lr(optimizer: torch.optim.Optimizer, name: str) -> torch.optim.Optimizer:
+    """Return a stand-in whose ``lr`` is another number of the optimizer's groups, for a scheduler.
+
+    name: a key of every group, such as "gamma" of `CascadedEMA` or "threshold" of `Bop`. Give the
+    result to a torch scheduler and to nothing else; what it sets is saved with the optimizer.
+    Raises ValueError, listing the keys, when there is no such number.
+
+    >>> optimizer = CascadedEMA([nn.Parameter(torch.ones(3))], alpha=0.01, gamma=0.1)
+    >>> scheduler = torch.optim.lr_scheduler.ConstantLR(rate_as_lr(optimizer, "gamma"), 0.5)
+    >>> optimizer.param_groups[0]["gamma"]
+    0.05
+    """
+    numbers = [k for k, v in optimizer.param_groups[0].items() if type(v) in (int, float)]
+    if name not in numbers:
+        raise ValueError(f"no rate {name!r} in the groups; known: {', '.join(numbers)}")
+    return _Lender(optimizer, name)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -34,7 +456,8 @@ def glorot_coefficient(layer: nn.Module) -> float:
     >>> round(1 / glorot_coefficient(nn.Linear(784, 1024)), 2)
     34.72
     """
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    weight = layer.weight[0] if layer.weight.dim() == 5 else layer.weight  # one of the experts
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
     return math.sqrt(1.5 / (fan_in + fan_out))
 
 

@@ -2,58 +2,176 @@
 
 A probe has ``start(model)``, ``step()`` after each optimizer step, ``epoch()`` which returns the
 epoch's columns, and ``state_dict`` / ``load_state_dict`` so that a resumed run counts on.
+
+The probes that look inside a step, `ActivationSaturation` and `GradientSample`, hang hooks on the
+network. ``stop()`` takes them off, and so does the end of a ``with`` block.
 """
 
+import math
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnnbook.layers import BinaryLayer, binary_layers
+from bnnbook.layers import BinaryLayer, ExpertBinaryConv2d, binary_layers
 
 
 class FlipRatio:
     r"""Measure the share of binary weights that change sign in one step, averaged over the epoch.
 
     :math:`\pi = \frac{1}{T\,n} \sum_t \#\{i : \operatorname{sign} w_{t,i} \ne
-    \operatorname{sign} w_{t-1,i}\}` over the T steps and the n binary weights, all layers pooled.
-    For stochastic quantizers the sign of the latent weight counts, not the draw.
-    Column: ``flip_ratio``. Memory: one byte a weight.
+    \operatorname{sign} w_{t-1,i}\}` over the T steps and the n binary weights, all layers pooled
+    (the FF ratio of Liu et al., ICML 2021, eqs. 4 and 5). For stochastic quantizers the sign of
+    the latent weight counts, not the draw; without a quantizer the weight is its own sign.
+    Column: ``flip_ratio``. Memory: one byte a weight, and another one during a step.
+
+    per_layer: adds a column ``flip_ratio/NAME`` for each binary layer, NAME being its name in the
+    model.
+    per_step: keeps the ratio of every step, for `history`. The first step of a cascaded EMA flips
+    half of all weights, off the scale of any figure.
+    """
+
+    def __init__(self, per_layer: bool = False, per_step: bool = False):
+        self.per_layer, self.per_step = per_layer, per_step
+
+    def start(self, model: nn.Module) -> None:
+        """Remember the signs the model starts with."""
+        layers = _named_binary_layers(model)
+        self.names, self.weights = list(layers), [layer.weight for layer in layers.values()]
+        self.sizes = [weight.numel() for weight in self.weights]
+        # dense strides in the weight's own order of axes, which the comparison is fastest in
+        self.strides = [torch.empty_like(w, device="meta").stride() for w in self.weights]
+        self.positive = self._signs()
+        shape, device = (len(self.sizes),) if self.per_layer else (), _device(self.weights)
+        self.flips = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.recorded = torch.zeros(0, *shape, dtype=torch.int32, device=device)
+        self.steps = self.length = 0
+
+    def step(self) -> None:
+        """Count the signs that differ from those before the step."""
+        if not self.weights:
+            return
+        positive = self._signs()
+        changed = self.positive.bitwise_xor_(positive)
+        # unlike the sum of a bool tensor, count_nonzero is fast on a CPU
+        if self.per_layer:
+            flips = torch.stack([part.count_nonzero() for part in changed.split(self.sizes)])
+        else:
+            flips = changed.count_nonzero()
+        self.positive = positive
+        self.flips += flips
+        self.steps += 1
+        if self.per_step:
+            self._record(flips)
+
+    def _signs(self) -> Tensor:
+        """Return whether each weight is >= 0, all layers in one flat tensor: one byte a weight."""
+        signs = torch.empty(sum(self.sizes), dtype=torch.bool, device=_device(self.weights))
+        offset = 0
+        for weight, stride, size in zip(self.weights, self.strides, self.sizes, strict=True):
+            torch.ge(weight.detach(), 0, out=signs.as_strided(weight.shape, stride, offset))
+            offset += size
+        return signs
+
+    def _record(self, flips: Tensor) -> None:
+        if self.length == len(self.recorded):  # full: twice the room
+            more = self.recorded.new_zeros(max(1024, self.length), *flips.shape)
+            self.recorded = torch.cat([self.recorded, more])
+        self.recorded[self.length] = flips
+        self.length += 1
+
+    def history(self) -> Tensor:
+        """Return the ratio of every step since the start, on the CPU, with ``per_step`` set.
+
+        The shape is (steps,), or with ``per_layer`` (steps, layers), each layer by itself.
+        """
+        if not self.per_step:
+            raise ValueError("the steps were not kept: FlipRatio(per_step=True) keeps them")
+        flips = self.recorded[: self.length].cpu().double()
+        return flips / (torch.tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes)))
+
+    def epoch(self) -> dict[str, float]:
+        """Return the columns, means since the last call; empty without weights."""
+        if not self.weights or not self.steps:
+            return {}
+        flips = np.atleast_1d(self.flips.cpu().numpy())
+        columns = {"flip_ratio": flips.sum().item() / (sum(self.sizes) * self.steps)}
+        if self.per_layer:
+            for name, count, size in zip(self.names, flips.tolist(), self.sizes, strict=True):
+                columns[f"flip_ratio/{name}"] = count / (size * self.steps)
+        self.flips.zero_()
+        self.steps = 0
+        return columns
+
+    def state_dict(self) -> dict:
+        """Return the counters; the signs themselves follow from the weights."""
+        kept = {"history": self.recorded[: self.length].clone()} if self.per_step else {}
+        return {"flips": self.flips, "steps": self.steps, **kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Count on from a saved state, after the model's own weights were loaded."""
+        if state["flips"].shape != self.flips.shape or ("history" in state) != self.per_step:
+            raise ValueError("the saved FlipRatio had another per_layer or per_step")
+        self.positive = self._signs()
+        self.flips.copy_(state["flips"])
+        self.steps = state["steps"]
+        if self.per_step:
+            self.recorded = state["history"].to(self.flips.device)
+            self.length = len(self.recorded)
+
+
+def log_flip_ratio(ratio):
+    r"""Return Helwegen et al.'s :math:`\pi_t = \log(r + e^{-9})`, natural logarithm (eq. 7).
+
+    r is the share of weights that flip in a step: a number, an array or a tensor. The constant is
+    :math:`e^{-9} \approx 1.23 \cdot 10^{-4}`, not :math:`10^{-9}`, so that the least value is -9.
+    The paper's figure 1 shows it for the last layer only: ``FlipRatio(per_layer=True)``.
+
+    >>> [round(float(log_flip_ratio(ratio)), 2) for ratio in (0.0, 0.001, 1.0)]
+    [-9.0, -6.79, 0.0]
+    """
+    log1p = torch.log1p if isinstance(ratio, Tensor) else np.log1p
+    return log1p(ratio * math.exp(9)) - 9  # the same number, and exactly -9 at 0
+
+
+class C2I:
+    r"""Measure the correlation to initialisation: the share of signs that are as at the start.
+
+    :math:`C2I = 1 - \frac{1}{n} \sum_i \tfrac12 |\operatorname{sign} w_{T,i} -
+    \operatorname{sign} w_{0,i}|`: 1 where nothing has changed, 1/2 for chance, 0 where every sign
+    is reversed. Liu et al. (ICML 2021, eq. 7) print another factor 1/2 before the sum. With it no
+    value could lie below 1/2, yet their Table 1 lists .4810 and .4960: it was not used there, nor
+    is it here. Column: ``c2i``. Memory: one byte a weight.
     """
 
     def start(self, model: nn.Module) -> None:
         """Remember the signs the model starts with."""
         self.weights = [layer.weight for layer in binary_layers(model)]
-        self.positive = [weight.detach() >= 0 for weight in self.weights]
-        self.flips = torch.zeros((), dtype=torch.float64, device=_device(self.weights))
-        self.steps = 0
+        self.initial = self._signs()
+
+    def _signs(self) -> Tensor:
+        # in the order of indices, whatever the layout in memory: it goes into checkpoints
+        signs = [(weight.detach() >= 0).flatten() for weight in self.weights]
+        return torch.cat(signs) if signs else torch.zeros(0, dtype=torch.bool)
 
     def step(self) -> None:
-        """Count the signs that differ from those before the step."""
-        for i, weight in enumerate(self.weights):
-            positive = weight.detach() >= 0
-            # a float32 sum is exact to 2^24 flips a step and, unlike a bool sum, fast on a CPU
-            self.flips += (positive ^ self.positive[i]).view(torch.uint8).float().sum()
-            self.positive[i] = positive
-        self.steps += 1
+        """Do nothing: the share is taken once an epoch."""
 
     def epoch(self) -> dict[str, float]:
-        """Return {"flip_ratio": mean since the last call}; empty without weights."""
-        weights = sum(weight.numel() for weight in self.weights)
-        if not weights or not self.steps:
+        """Return {"c2i": share}, pooled over all binary layers; empty with none."""
+        if not self.weights:
             return {}
-        ratio = self.flips.item() / (weights * self.steps)
-        self.flips.zero_()
-        self.steps = 0
-        return {"flip_ratio": ratio}
+        same = (self._signs() == self.initial).count_nonzero()
+        return {"c2i": same.item() / len(self.initial)}
 
     def state_dict(self) -> dict:
-        """Return the counters; the signs themselves follow from the weights."""
-        return {"flips": self.flips, "steps": self.steps}
+        """Return the signs at the start."""
+        return {"initial": self.initial}
 
     def load_state_dict(self, state: dict) -> None:
-        """Count on from a saved state, after the model's own weights were loaded."""
-        self.positive = [weight.detach() >= 0 for weight in self.weights]
-        self.flips.copy_(state["flips"])
-        self.steps = state["steps"]
+        """Take back the start of the run that is continued."""
+        self.initial.copy_(state["initial"])
 
 
 class Saturation:
@@ -87,12 +205,336 @@ class Saturation:
         """Take nothing back."""
 
 
+class _Hooked:
+    """What the probes that hang hooks on a network share: how they come off."""
+
+    handles = ()
+
+    def stop(self) -> None:
+        """Take the hooks off the network; what was measured stays."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = ()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+class ActivationSaturation(_Hooked):
+    r"""Measure the share of inputs :math:`|a| >` ``limit`` that binary layers get in training.
+
+    There a clipped straight-through estimator passes no gradient back: the saturation of Liu et
+    al. (ICML 2021, figure 3, first binary convolution). a is the real input, before its quantizer;
+    layers without ``input_quantizer`` are left out. To stay cheap it looks at the first step of an
+    epoch and every ``every``-th after it, and never at passes in evaluation mode. Column:
+    ``activation_saturation``, all layers pooled by their number of inputs.
+
+    per_layer: adds a column ``activation_saturation/NAME`` for each of these layers.
+    """
+
+    def __init__(self, limit: float = 1.0, every: int = 16, per_layer: bool = False):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, not {every}")
+        self.limit, self.every, self.per_layer = limit, every, per_layer
+
+    def start(self, model: nn.Module) -> None:
+        """Hang a hook on each layer with an input quantizer."""
+        self.stop()
+        layers = {name: layer for name, layer in _named_binary_layers(model).items()
+                  if layer.input_quantizer is not None}  # fmt: skip
+        self.names, self.steps, self.looking = list(layers), 0, True
+        device = _device([layer.weight for layer in layers.values()])
+        self.above = torch.zeros(len(layers), dtype=torch.int64, device=device)
+        self.seen = torch.zeros_like(self.above)
+        self.handles = [layer.register_forward_pre_hook(partial(self._look, number))
+                        for number, layer in enumerate(layers.values())]  # fmt: skip
+
+    def _look(self, number: int, layer: nn.Module, inputs: tuple) -> None:
+        # torch.compile compiles anew for each value of a Python number or list that a hook reads:
+        # two values of a bool, and the counts in tensors
+        if self.looking and layer.training:
+            a = inputs[0].detach()
+            self.above[number] += (a.abs() > self.limit).count_nonzero()
+            self.seen[number] += a.numel()
+
+    def step(self) -> None:
+        """Count the steps; the hooks have looked at the inputs."""
+        self.steps += 1
+        self.looking = self.steps % self.every == 0
+
+    def epoch(self) -> dict[str, float]:
+        """Return the columns of the steps looked at since the last call; empty with none."""
+        above, seen = self.above.tolist(), self.seen.tolist()
+        self.steps, self.looking = 0, True
+        if not sum(seen):
+            return {}
+        columns = {"activation_saturation": sum(above) / sum(seen)}
+        if self.per_layer:
+            for name, count, inputs in zip(self.names, above, seen, strict=True):
+                columns[f"activation_saturation/{name}"] = count / inputs if inputs else math.nan
+        self.above.zero_()
+        self.seen.zero_()
+        return columns
+
+    def state_dict(self) -> dict:
+        """Return the counters, and the epoch's steps so far, which say when to look next."""
+        return {"above": self.above, "seen": self.seen, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Count on from a saved state."""
+        self.above.copy_(state["above"])
+        self.seen.copy_(state["seen"])
+        self.steps = state["steps"]
+        self.looking = self.steps % self.every == 0
+
+
+class GradientSample(_Hooked):
+    """Record the gradient of some weights of each binary layer in every step.
+
+    ``weights`` of each layer (all, if there are fewer), drawn once by ``seed`` without touching
+    torch's own generators; ``steps`` steps, after the first ``after``. They are kept on the
+    device: 4 · weights · layers · steps bytes. No column; `gradients` returns the record, for
+    `power_spectrum`, `lag_one_autocorrelation` and `signal_to_noise`.
+
+    A gradient is taken as backward leaves it in ``weight.grad``, before the optimizer. So it is
+    that of the latent weight, behind its quantizer's backward; and with a GradScaler (training
+    uses one where autocast means float16) it still has the loss's scale, which changes in the
+    course of a run. A step without a backward pass through a layer leaves zeros.
+    """
+
+    def __init__(self, weights: int = 256, steps: int = 4096, *, after: int = 0, seed: int = 0):
+        if weights < 1 or steps < 1 or after < 0:
+            raise ValueError(
+                f"weights and steps must be at least 1 and after at least 0, "
+                f"not {weights}, {steps} and {after}"
+            )
+        self.size, self.capacity, self.after, self.seed = weights, steps, after, seed
+
+    def start(self, model: nn.Module) -> None:
+        """Draw the weights, and hang a hook on the gradient of each trained layer's weight."""
+        self.stop()
+        generator = torch.Generator().manual_seed(self.seed)
+        layers = {name: layer.weight for name, layer in _named_binary_layers(model).items()
+                  if layer.weight.requires_grad}  # fmt: skip
+        self.steps, self.indices, self.handles = 0, {}, []
+        device = _device(list(layers.values()))
+        for name, weight in layers.items():
+            index = torch.randperm(weight.numel(), generator=generator)[: self.size]
+            self.indices[name] = index.to(device)
+        total = sum(len(index) for index in self.indices.values())
+        self.buffer = torch.zeros(self.capacity, total, device=device)
+        columns = self.buffer.split([len(index) for index in self.indices.values()], dim=1)
+        self.columns = dict(zip(layers, columns, strict=True)) if layers else {}
+        for name, weight in layers.items():
+            hook = partial(self._keep, self.indices[name], self.columns[name])
+            self.handles.append(weight.register_post_accumulate_grad_hook(hook))
+
+    def _keep(self, index: Tensor, column: Tensor, weight: Tensor) -> None:
+        row = self.steps - self.after
+        if 0 <= row < self.capacity:
+            column[row] = weight.grad.take(index)
+
+    def step(self) -> None:
+        """Go on to the next row; after the last one the hooks come off."""
+        self.steps += 1
+        if self.steps >= self.after + self.capacity:
+            self.stop()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return for each layer, by name, the gradients so far, float32 (steps, weights), CPU."""
+        rows = self._rows()
+        return {name: column[:rows].cpu() for name, column in self.columns.items()}
+
+    def _rows(self) -> int:
+        return min(max(self.steps - self.after, 0), self.capacity)
+
+    def epoch(self) -> dict[str, float]:
+        """Return no column."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Return the record so far."""
+        return {"steps": self.steps, "gradients": self.buffer[: self._rows()].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Record on from a saved state."""
+        self.steps = state["steps"]
+        self.buffer[: len(state["gradients"])] = state["gradients"].to(self.buffer.device)
+        if self.steps >= self.after + self.capacity:
+            self.stop()
+
+
+def _centred(gradients) -> np.ndarray:
+    x = np.asarray(gradients, dtype=np.float64)
+    if x.ndim != 2 or len(x) < 2:
+        raise ValueError(f"gradients must be (steps, weights), 2 steps or more, not {x.shape}")
+    return x - x.mean(0)
+
+
+def power_spectrum(gradients, segment: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    r"""Return (frequencies, power) of gradients over time: Welch's estimate, mean over weights.
+
+    gradients: (steps, weights), as from `GradientSample`. Each weight's series loses its mean and
+    is divided by its standard deviation, so that white noise has power 1 at every frequency, and
+    behind a filter :math:`|H(e^{i\omega})|^2` up to its variance. Frequencies are in cycles per
+    step, 0 to 1/2, ``segment`` // 2 + 1 of them; :math:`\omega = 2\pi f`. Segments of ``segment``
+    steps overlap by half under a Hann window. Weights whose gradient never changes are left out.
+
+    Raises ValueError for fewer steps than ``segment`` and where no gradient changes.
+    """
+    from scipy.signal import welch
+
+    x = _centred(gradients)
+    if not 2 <= segment <= len(x):
+        raise ValueError(f"segment must be from 2 to the {len(x)} steps recorded, not {segment}")
+    deviation = x.std(0)
+    if not deviation.any():
+        raise ValueError("no gradient changes: there is no spectrum")
+    x = x[:, deviation > 0] / deviation[deviation > 0]
+    # two-sided, of which the negative frequencies are the mirror image: no factor 2 inside only
+    f, power = welch(x, axis=0, nperseg=segment, detrend=False, return_onesided=False)
+    half = segment // 2 + 1
+    return np.abs(f[:half]), power[:half].mean(1)
+
+
+def lag_one_autocorrelation(gradients) -> np.ndarray:
+    r"""Return each weight's correlation between successive gradients, (weights,).
+
+    :math:`\rho_1 = \sum_t (g_t - \bar g)(g_{t+1} - \bar g) / \sum_t (g_t - \bar g)^2` for
+    gradients (steps, weights). White noise has :math:`0 \pm 1/\sqrt T`, T steps; after an EMA of
+    rate α it is 1 - α. NaN for a weight whose gradient never changes.
+    """
+    x = _centred(gradients)
+    power = (x * x).sum(0)
+    return (x[:-1] * x[1:]).sum(0) / np.where(power > 0, power, np.nan)
+
+
+def signal_to_noise(gradients) -> np.ndarray:
+    r"""Return each weight's :math:`|\bar g| / \sigma`, (weights,), of gradients (steps, weights).
+
+    :math:`\bar g` is the mean over the steps, :math:`\sigma` the standard deviation of a single
+    step. The mean of pure noise is not exactly zero: over T independent steps its median ratio is
+    :math:`0.67 / \sqrt T`, .011 for 4000. A measured value means something only well above that.
+    NaN for a weight whose gradient never changes.
+    """
+    deviation = _centred(gradients).std(0)
+    mean = np.asarray(gradients, dtype=np.float64).mean(0)
+    return np.abs(mean) / np.where(deviation > 0, deviation, np.nan)
+
+
+def binary_report(model: nn.Module):
+    """Return a table of what each layer multiplies with: are the weights really binary?
+
+    A pandas DataFrame, one row for each binary, linear or convolutional layer in the model's
+    order:
+
+    - layer: its name in the model.
+    - weight: ``latent`` (a quantizer makes it binary), ``binary`` (±1 itself), ``expert`` (several
+      of either, one fires), ``real`` (an ordinary layer).
+    - quantizer: the weight quantizer's name, "" without one.
+    - values: how many different values the forward pass multiplies with.
+    - binary: the share of them that is exactly -1 or +1.
+    - scaled_binary: whether each output channel is ±s with its own s > 0, ±1 included.
+    - input: the input quantizer's name, ``real`` without one.
+
+    A stochastic quantizer draws once; torch's generators are left as they were.
+
+    >>> from bnnbook.layers import BinaryLinear
+    >>> model = nn.Sequential(BinaryLinear(9, 8), nn.Linear(8, 2))
+    >>> binary_report(model)[["layer", "weight", "quantizer", "binary", "input"]]
+      layer  weight quantizer  binary input
+    0     0  latent  ste_sign     1.0  real
+    1     1    real               0.0  real
+    """
+    import pandas
+
+    kinds = (BinaryLayer, nn.Linear, nn.modules.conv._ConvNd)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        rows = [{"layer": name or type(layer).__name__, **_report(layer)}
+                for name, layer in model.named_modules() if isinstance(layer, kinds)]  # fmt: skip
+    columns = ["layer", "weight", "quantizer", "values", "binary", "scaled_binary", "input"]
+    return pandas.DataFrame(rows, columns=columns)
+
+
+def _report(layer: nn.Module) -> dict:
+    binary = isinstance(layer, BinaryLayer)
+    weight = layer.binary_weight() if binary else layer.weight
+    size = weight.abs()
+    # an expert's output channels are its own
+    channels = size.flatten(0, 1) if isinstance(layer, ExpertBinaryConv2d) else size
+    least, most = channels.flatten(1).aminmax(dim=1)
+    return {
+        "weight": _kind(layer),
+        "quantizer": _name(layer.weight_quantizer) if binary else "",
+        "values": len(weight.unique()),
+        "binary": (size == 1).count_nonzero().item() / size.numel(),
+        "scaled_binary": bool(((least == most) & (least > 0)).all()),
+        "input": (_name(layer.input_quantizer) if binary else "") or "real",
+    }
+
+
+def _kind(layer: nn.Module) -> str:
+    if not isinstance(layer, BinaryLayer):
+        return "real"
+    if isinstance(layer, ExpertBinaryConv2d):
+        return "expert"
+    return "binary" if layer.weight_quantizer is None else "latent"
+
+
+def _name(quantizer) -> str:
+    quantizer = getattr(quantizer, "func", quantizer)  # functools.partial has the function inside
+    return "" if quantizer is None else getattr(quantizer, "__name__", type(quantizer).__name__)
+
+
+def require_binary(model: nn.Module, scaled: bool = False) -> None:
+    """Raise ValueError, naming the layers, unless all binary layers multiply with exactly ±1.
+
+    ``scaled`` allows ±s as well, one s > 0 for each output channel, as `magnitude_aware_sign`
+    makes it. A model without binary layers raises too; real layers are not looked at.
+
+    >>> from bnnbook.layers import BinaryLinear, quantized_by
+    >>> from bnnbook.binarize import real_weight
+    >>> model = nn.Sequential(BinaryLinear(9, 8), nn.Linear(8, 2))
+    >>> require_binary(model)
+    >>> with quantized_by(model, real_weight):
+    ...     require_binary(model)
+    Traceback (most recent call last):
+    ValueError: not binary: layer 0 (latent, real_weight): 72 values, 0 % of the weights ±1
+    """
+    report = binary_report(model)
+    report = report[report["weight"] != "real"]
+    if report.empty:
+        raise ValueError("the model has no binary layer")
+    passed = report["scaled_binary"] if scaled else report["binary"] == 1
+    wrong = [
+        f"layer {row.layer} ({', '.join(filter(None, [row.weight, row.quantizer]))}): "
+        f"{row.values} values, {100 * row.binary:.3g} % of the weights ±1"
+        for row in report[~passed].itertuples()
+    ]
+    if wrong:
+        raise ValueError("not binary: " + "; ".join(wrong))
+
+
+def _named_binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
+    """Return the binary layers by their names in the model, in the order of its modules."""
+    found = {id(layer) for layer in binary_layers(model)}
+    return {
+        name or type(layer).__name__: layer
+        for name, layer in model.named_modules()
+        if id(layer) in found
+    }
+
+
 def _device(weights: list[Tensor]) -> torch.device:
     return weights[0].device if weights else torch.device("cpu")
 
 
 def share_above(weights: list[Tensor], limit: float) -> float:
-    """Return the share of all given weights with |w| >= limit, as a fraction.
+    r"""Return the share of all given weights with :math:`|w| \ge` ``limit``, as a fraction.
 
     >>> share_above([torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])], 0.99)
     0.5

@@ -182,7 +182,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     test_model: makes from the model the network that is evaluated after an epoch; default itself.
     evaluate_every: evaluate after every so many epochs, and after the last.
     device: "cpu", "cuda", or None for the best there is.
-    autocast: on CUDA, compute in the type `autocast_dtype` chooses. compile: use torch.compile.
+    autocast: on CUDA, compute in the type `autocast_dtype` chooses.
+    compile: use torch.compile.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators); it is written every
     ``checkpoint_minutes``, at the end, and on Ctrl-C after the step in progress.
@@ -195,7 +196,10 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
                probes=tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
                device=choose_device(device), autocast=autocast, compile=compile,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
-    with _reproducible(run.device, seed), _stop_signals(run), _bar(run, progress) as bar:
+    with (
+        _reproducible(run.device, seed), _stop_signals(run), _hooks_off_after(run.probes),
+        _bar(run, progress) as bar,
+    ):  # fmt: skip
         run.resume()
         while run.epoch < epochs:
             bar.update(run.epoch - bar.n)
@@ -245,6 +249,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
+def to_channels_last(model: nn.Module) -> None:
+    """Lay out 4-D parameters channels last; `torch.nn.Module.to` refuses 5-D ones."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 class _Run:
     """The state of a training run, and how it is written to a checkpoint and read back."""
 
@@ -260,7 +271,7 @@ class _Run:
         self.steps = len(self.labels) // batch_size
         self.channels_last = any(isinstance(m, nn.Conv2d) for m in model.modules())
         if self.channels_last:
-            model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
         self.forward = torch.compile(model) if compile else model
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast and autocast_dtype(device) == torch.float16
@@ -520,6 +531,16 @@ def _stop_signals(run: _Run):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _hooks_off_after(probes: Sequence):
+    """Take the probes' hooks off the model at the end, however it comes."""
+    try:
+        yield
+    finally:
+        for probe in probes:
+            getattr(probe, "stop", lambda: None)()
 
 
 def _bar(run: _Run, progress: bool | None) -> tqdm:

@@ -46,3 +46,34 @@ def binaryconnect_linear(w, x, targets, rate, steps):
         w = binaryconnect_step(w, slope.T @ x, rate)
         history.append(np.vectorize(sign)(w))
     return w, np.array(history)
+
+
+def bop_step(w, m, gradient, gamma, threshold):
+    """Helwegen et al., algorithm 2; returns the new weights and buffer."""
+    w, m = w.copy(), m.copy()
+    for i in np.ndindex(w.shape):
+        m[i] = (1 - gamma) * m[i] + gamma * gradient[i]
+        if abs(m[i]) > threshold and np.sign(m[i]) == np.sign(w[i]):
+            w[i] = -w[i]
+    return w, m
+
+
+def cascaded_ema_step(w, m, g, gradient, alpha, gamma):
+    """Quist et al., two averages and the flip; returns the new weights and both buffers."""
+    w, m, g = w.copy(), m.copy(), g.copy()
+    for i in np.ndindex(w.shape):
+        m[i] = (1 - gamma) * m[i] + gamma * gradient[i]
+        g[i] = (1 - alpha) * g[i] + alpha * m[i]
+        if g[i] * w[i] > 0:
+            w[i] = -w[i]
+    return w, m, g
+
+
+def latent_sgd_step(w, m, gradient, lr, gamma, weight_decay, clip=np.inf):
+    """Quist et al., the latent-weight optimizer; returns the new latent weights and buffer."""
+    w, m = w.copy(), m.copy()
+    for i in np.ndindex(w.shape):
+        m[i] = (1 - gamma) * m[i] + gamma * gradient[i]
+        w[i] = (1 - lr * weight_decay) * w[i] - lr * m[i]
+        w[i] = min(max(w[i], -clip), clip)
+    return w, m

@@ -19,8 +19,10 @@ import scipy.io
 import torch
 from torchvision import datasets
 
-from bnnbook import data
+from bnnbook import data, training
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs CUDA"))]  # fmt: skip
 DIGITS_SHA256 = "46b4678879661d3b5c922b5e50bbf2bc9fe5b474e38bd4a0d647f06da998ba42"
 
 
@@ -849,6 +851,236 @@ def test_crop_flip_without_flip_and_bad_padding():
         data.crop_flip(padding=-1)
 
 
+def test_random_crop_cuts_windows_of_its_size():
+    """A window's place and side, read off two gradients of brightness."""
+    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")
+    image = torch.stack([rows, columns]).to(torch.uint8)
+    images = image.expand(6000, 2, 12, 10)
+    torch.manual_seed(0)
+    out = data.random_crop(8)(images)
+    assert out.shape == (6000, 2, 8, 8)
+    assert out.dtype == torch.uint8
+    tops, flipped = out[:, 0, 0, 0], out[:, 1, 0, 0] > out[:, 1, 0, 1]
+    lefts = out[:, 1].amin((1, 2))
+    for view, top, left, flip in zip(out[:40], tops, lefts, flipped, strict=False):
+        window = image[:, top : top + 8, left : left + 8]
+        assert torch.equal(view, window.flip(2) if flip else window)
+    places, counts = torch.stack([tops, lefts, flipped], 1).unique(dim=0, return_counts=True)
+    assert len(places) == 5 * 3 * 2  # every view, equally often
+    assert (counts - 200).abs().max() < 5 * 200**0.5
+    torch.manual_seed(0)
+    assert torch.equal(data.random_crop(8)(images), out)
+    assert not torch.equal(data.random_crop(8)(images), out)
+    same = data.random_crop(8, flip=False)(images)[:, 1]
+    assert (same[:, :, 1:] > same[:, :, :-1]).all()
+
+
+def test_224_out_of_256_gives_2178_views():
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 256, (1, 1, 256, 256), dtype=np.uint8))
+    lefts = torch.arange(33).repeat(2)
+    flips = torch.arange(66) >= 33
+    views = set()
+    for top in range(33):
+        tops = torch.full((66,), top)
+        cut = data.crop(image.expand(66, 1, 256, 256), tops, lefts, flips, 0, size=224)
+        assert cut.shape == (66, 1, 224, 224)
+        views |= {view[0, ::37, ::37].numpy().tobytes() for view in cut}
+    assert len(views) == 2 * 33**2 == 2178
+
+
+def test_crop_of_a_size_and_with_padding_equals_the_loop_over_pixels():
+    rng = np.random.default_rng(1)
+    images = rng.integers(1, 256, (20, 2, 6, 5), dtype=np.uint8)
+    tops, lefts = rng.integers(0, 6 + 2 - 4 + 1, 20), rng.integers(0, 5 + 2 - 4 + 1, 20)
+    flips = rng.random(20) < 0.5
+    ours = data.crop(*map(torch.from_numpy, (images, tops, lefts, flips)), padding=1, size=4)
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    for out, image, y, x, flip in zip(ours, padded, tops, lefts, flips, strict=True):
+        window = image[:, y : y + 4, x : x + 4]
+        assert np.array_equal(out, window[:, :, ::-1] if flip else window)
+
+
+def test_centre_crop_is_the_identity_on_what_is_cropped_already():
+    images = toy(shape=(3, 6, 9)).train_images
+    middle = data.centre_crop(4)(images)
+    assert torch.equal(middle, images[:, :, 1:5, 2:6])
+    assert torch.equal(data.centre_crop(4)(middle), middle)
+    # the middle view of the ten
+    assert torch.equal(data.ten_views(images, 4)[4], middle)
+
+
+def test_ten_views_are_corners_and_centre_and_their_mirrors():
+    images = toy(n=5, shape=(3, 7, 6)).train_images
+    views = data.ten_views(images, 4)
+    assert views.shape == (10, 5, 3, 4, 4)
+    x = images.numpy()
+    expected = [x[:, :, :4, :4], x[:, :, :4, -4:], x[:, :, -4:, :4], x[:, :, -4:, -4:],
+                x[:, :, 1:5, 1:5]]  # fmt: skip
+    for i, view in enumerate(expected):
+        assert np.array_equal(views[i], view)
+        assert np.array_equal(views[i + 5], view[..., ::-1])
+    assert len({view.numpy().tobytes() for view in views}) == 10
+
+
+class Scores(torch.nn.Module):
+    """Two class scores that see where a window lies and how it is turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(2, 16, generator=GENERATOR.manual_seed(0)))
+
+    def forward(self, x):
+        return x.mean(1).flatten(1) @ self.weight.T
+
+
+GENERATOR = torch.Generator()
+
+
+def test_ten_view_average_is_the_mean_of_the_softmaxes():
+    d = toy(n=20, m=9, shape=(3, 7, 6), classes=2)
+    model, mean = Scores(), np.zeros((9, 2))
+    for view in data.ten_views(d.test_images, 4).numpy() / 255:
+        scores = view.mean(1).reshape(9, 16) @ model.weight.detach().numpy().T
+        mean += np.exp(scores) / np.exp(scores).sum(1, keepdims=True) / 10
+    averaged = data.TenViewAverage(model, 4)
+    out = training.predict(averaged, d.test_images, preprocess=data.unit_range)
+    np.testing.assert_allclose(out, mean, rtol=1e-5)
+    np.testing.assert_allclose(out.sum(1), 1, rtol=1e-6)
+    single = model(data.centre_crop(4)(data.unit_range(d.test_images))).softmax(1).detach()
+    assert not np.allclose(mean, single, atol=0.01)
+    accuracy = training.evaluate(averaged, d.test_images, d.test_labels)
+    assert accuracy == (mean.argmax(1) == d.test_labels.numpy()).mean()
+
+
+@pytest.mark.parametrize("cut", [
+    lambda images, size: data.random_crop(size)(images),
+    lambda images, size: data.centre_crop(size)(images),
+    data.ten_views,
+    lambda images, size: data.TenViewAverage(Scores(), size)(images),
+])  # fmt: skip
+def test_a_window_must_fit_the_images(cut):
+    images = torch.zeros(2, 3, 6, 5)
+    for size in (0, -1, 6, 7):
+        with pytest.raises(ValueError, match=rf"cannot cut {size}×{size} .*\(2, 3, 6, 5\)"):
+            cut(images, size)
+    with pytest.raises(ValueError, match="images"):
+        cut(images[0], 4)
+
+
+def test_compose_goes_from_left_to_right():
+    x = toy(shape=(3, 6, 6)).train_images
+    both = data.compose(data.centre_crop(4), data.signed_range)
+    assert torch.equal(both(x), data.signed_range(x[:, :, 1:5, 1:5]))
+    assert data.compose()(x) is x
+    assert both.__qualname__ == "compose(centre_crop.<locals>.cut, signed_range)"
+    module = data.compose(torch.nn.Flatten())
+    assert module(x).shape == (12, 108)
+    assert module.__qualname__ == "compose(Flatten)"
+
+
+# --- Colours -----------------------------------------------------------------------------------
+
+
+def coloured(n=2500, size=5, seed=0):
+    """Images whose three channels hang together, as those of photographs do."""
+    rng = np.random.default_rng(seed)
+    mixing = np.array([[60.0, 12, 3], [62, -2, -9], [64, -14, 5]])
+    x = 120 + np.einsum("ij,njhw->nihw", mixing, rng.standard_normal((n, 3, size, size)))
+    images = torch.from_numpy(x.round().clip(0, 255).astype(np.uint8))
+    labels = torch.arange(n) % 3
+    return data.Dataset(images, labels, images[:90], labels[:90], ("a", "b", "c"))
+
+
+def test_colour_components_are_the_covariance_of_the_pixels():
+    images = coloured().train_images
+    values, vectors = data.colour_components(images)
+    pixels = images.permute(1, 0, 2, 3).reshape(3, -1).numpy() / 255
+    covariance = np.cov(pixels, ddof=0)
+    np.testing.assert_allclose((vectors * values) @ vectors.T, covariance, atol=1e-12)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(covariance)[::-1], atol=1e-12)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-12)
+    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
+    grey = images[:, :1].expand(-1, 3, -1, -1)
+    values, _ = data.colour_components(grey)
+    np.testing.assert_allclose(values[1:], 0, atol=1e-12)
+    assert (values >= 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_colour_noise_has_the_papers_covariance(power, device):
+    d = coloured()
+    values, vectors = data.colour_components(d.train_images)
+    images = torch.zeros(40_000, 3, 1, 2, dtype=torch.uint8, device=device)
+    torch.manual_seed(0)
+    out = data.pca_colour_noise(d, power=power)(images).cpu()
+    assert out.dtype == torch.float32
+    assert torch.equal(out[..., 0], out[..., 1])  # one draw for all pixels of an image
+    added = out[:, :, 0, 0].numpy() / 255  # on the scale [0, 1], which the components are on
+    expected = np.zeros((3, 3))
+    for value, p in zip(values.tolist(), vectors.T.numpy(), strict=True):
+        expected += 0.01 * value ** (2 * power) * np.outer(p, p)
+    assert np.abs(added.mean(0)).max() < 5 * np.sqrt(expected.diagonal().max() / 40_000)
+    # along each component by itself, because the first is far larger than the last
+    turn = vectors.numpy() / np.sqrt(0.01 * values.numpy() ** (2 * power))
+    np.testing.assert_allclose(turn.T @ expected @ turn, np.eye(3), atol=1e-12)
+    measured = turn.T @ np.cov(added.T) @ turn
+    np.testing.assert_allclose(measured, np.eye(3), atol=5 * np.sqrt(2 / 40_000))
+
+
+def test_colour_noise_is_added_in_pixels_to_uint8_and_float_alike():
+    d = coloured(n=60)
+    noise = data.pca_colour_noise(d, scale=0.5)
+    torch.manual_seed(1)
+    first = noise(d.train_images)
+    torch.manual_seed(1)
+    assert torch.equal(noise(d.train_images.float()), first)
+    assert not torch.equal(noise(d.train_images), first)
+    shift = first - d.train_images
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-4, rtol=0)
+    assert first.min() < 0 or first.max() > 255  # neither clipped nor rounded
+    assert len(shift[:, :, 0, 0].unique(dim=0)) == 60
+    assert torch.equal(data.pca_colour_noise(d, scale=0)(d.train_images), d.train_images.float())
+    half = data.standardize(d)(first) - data.standardize(d)(d.train_images)
+    _, std = data.channel_statistics(d.train_images)
+    expected = shift[:, :, 0, 0] / 255 / std.float()
+    torch.testing.assert_close(half[:, :, 0, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_colour_noise_refuses_other_than_three_channels_and_other_powers():
+    d = coloured(n=60)
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\), not \(12, 1, 4, 5\)"):
+        data.pca_colour_noise(toy())
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\), not \(12, 1, 4, 5\)"):
+        data.pca_colour_noise(d)(toy().train_images)
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
+        data.colour_components(d.train_images[0])
+    with pytest.raises(ValueError, match=r"power must be 1 \(the paper\) or 0\.5"):
+        data.pca_colour_noise(d, power=2)
+
+
+def test_alexnets_augmentation_from_training_to_the_ten_view_test():
+    """Crops and colours in training; the centre, then the ten views, in testing."""
+    d, seen = coloured(n=90, size=6).hold_out(30), []
+    model = Scores()
+    model.weight = torch.nn.Parameter(torch.zeros(3, 16))
+    model.register_forward_pre_hook(lambda m, x: seen.append((m.training, *x[0].shape)))
+    augment = data.compose(data.random_crop(4), data.pca_colour_noise(d))
+    standardize = data.standardize(d)
+    history = training.train(
+        model, d, torch.optim.SGD(model.parameters(), 0.1), epochs=2, batch_size=20,
+        augment=augment, preprocess=data.compose(data.centre_crop(4), standardize),
+    )  # fmt: skip
+    assert len(history.rows) == 2
+    assert set(seen) == {(True, 20, 3, 4, 4), (False, 30, 3, 4, 4), (False, 90, 3, 4, 4)}
+    accuracy = training.evaluate(
+        data.TenViewAverage(model, 4), d.test_images, d.test_labels, preprocess=standardize
+    )
+    assert 0 <= accuracy <= 1
+    assert len(seen) == 2 * (3 + 1 + 1) + 10
+
+
 def test_ranges():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     unit, signed = data.unit_range(x), data.signed_range(x)
@@ -887,6 +1119,84 @@ def test_a_constant_channel_cannot_be_standardized():
     d.train_images[:, 2] = 9
     with pytest.raises(ValueError, match="channel 2 is constant"):
         data.standardize(d)
+
+
+def contrast_twin(images, scale=55.0, epsilon=1e-8):
+    """Global contrast normalisation, one image after the other, in float64."""
+    rows = []
+    for image in images.reshape(len(images), -1).astype(np.float64):
+        centred = image - image.mean()
+        divisor = np.sqrt((centred**2).sum()) / scale
+        rows.append(centred / (divisor if divisor >= epsilon else 1))
+    return np.array(rows)
+
+
+def zca_twin(train, images, bias=0.1):
+    """BinaryConnect's CIFAR-10 pipeline: contrast, centre, whiten with train's statistics."""
+    x = contrast_twin(train)
+    mean = x.mean(0)
+    covariance = sum(np.outer(row, row) for row in x - mean) / len(x)
+    values, vectors = np.linalg.eigh(covariance + bias * np.eye(len(mean)))
+    matrix = sum(np.outer(u, u) / np.sqrt(v) for v, u in zip(values, vectors.T, strict=True))
+    return (contrast_twin(images) - mean) @ matrix
+
+
+def test_contrast_normalize_gives_each_image_mean_0_and_length_55():
+    x = toy(shape=(3, 4, 5)).train_images
+    x[3] = 77  # no contrast: nothing to divide by
+    z = data.contrast_normalize(x)
+    assert z.dtype == torch.float32
+    np.testing.assert_allclose(z.flatten(1), contrast_twin(x.numpy()), atol=1e-4)
+    torch.testing.assert_close(z.mean((1, 2, 3)), torch.zeros(12), atol=1e-5, rtol=0)
+    length = torch.full((12,), 55.0)
+    length[3] = 0
+    torch.testing.assert_close(z.flatten(1).norm(dim=1), length, atol=1e-3, rtol=0)
+    assert data.contrast_normalize(x.double()).dtype == torch.float64
+    # brightness and contrast of the whole image do not matter
+    other = [i for i in range(12) if i != 3]
+    changed = data.contrast_normalize(x[other] / 255 - 3)
+    torch.testing.assert_close(changed, z[other], atol=1e-3, rtol=1e-4)
+    assert data.contrast_normalize(x, epsilon=1e6).abs().max() > 80  # centred, not divided
+    # of one colour, at CIFAR's size: no rounding is left over that would be blown up
+    flat = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, 3, 32, 32)
+    assert not data.contrast_normalize(flat).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zca_whiten_is_binaryconnects_pipeline(device):
+    d = coloured(n=1500, size=4)
+    train, test = d.train_images.numpy(), d.test_images.numpy()[:20]
+    z = data.zca_whiten(d.to(device))(d.test_images[:20].to(device))
+    assert z.device.type == device
+    assert z.dtype == torch.float32
+    assert z.shape == (20, 3, 4, 4)
+    np.testing.assert_allclose(z.cpu().flatten(1), zca_twin(train, test), atol=2e-4)
+    strong = data.zca_whiten(d, bias=10.0)(d.test_images[:20])
+    np.testing.assert_allclose(strong.flatten(1), zca_twin(train, test, 10.0), atol=2e-4)
+
+
+def test_zca_whitens_up_to_its_bias():
+    """The whitened covariance has the eigenvalues v/(v + bias), v those before."""
+    d = coloured(n=2000, size=4)
+    z = data.zca_whiten(d)(d.train_images).double().flatten(1)
+    assert z.mean(0).abs().max() < 1e-4
+    before = np.linalg.eigvalsh(np.cov(contrast_twin(d.train_images.numpy()).T, ddof=0))
+    after = np.linalg.eigvalsh(np.cov(z.numpy().T, ddof=0))
+    np.testing.assert_allclose(after, before / (before + 0.1), atol=1e-4)
+    assert after[0] < 1e-6  # contrast normalisation has taken out one direction: the mean
+
+
+def test_zca_is_fitted_on_the_held_out_images_too_unless_told_otherwise():
+    d = coloured(n=400, size=3)
+    held, x = d.hold_out(100), d.test_images[:5]
+    everything = data.zca_whiten(d)(x)
+    torch.testing.assert_close(data.zca_whiten(held)(x), everything, atol=1e-4, rtol=0)
+    without = data.zca_whiten(held, with_validation=False)(x)
+    assert (without - everything).abs().max() > 0.01
+    twin = zca_twin(d.train_images.numpy()[:300], x.numpy())
+    np.testing.assert_allclose(without.flatten(1), twin, atol=2e-4)
+    with pytest.raises(ValueError, match=r"fitted on images \(3, 3, 3\), not \(1, 4, 5\)"):
+        data.zca_whiten(d)(toy().train_images)
 
 
 @pytest.mark.skipif("BNNBOOK_TEST_DATA" not in os.environ, reason="BNNBOOK_TEST_DATA is not set")

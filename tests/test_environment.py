@@ -132,7 +132,7 @@ ADDRESS = PROJECT["urls"]["Repository"]
 SITE = PROJECT["urls"]["Homepage"]
 WRITTEN_IN = [
     "README.md", "CITATION.cff", "_config.yml", "LICENSE-text",
-    "book/intro.md", "book/colab.md", "book/binaryconnect.md",
+    "book/intro.md", "book/colab.md", "book/own-code.md", "book/binaryconnect.md",
 ]  # fmt: skip
 ADDRESSES = re.compile(r"(?:https?://|git\+https://|/)github(?:\.com)?/([\w.-]+/[\w.-]+)")
 OURS = re.compile(r"bnnbook$|/bnnbook\b")

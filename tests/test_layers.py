@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from bnnbook import layers
-from bnnbook.binarize import real_weight, ste_sign, stochastic_sign
+from bnnbook.binarize import magnitude_aware_sign, real_weight, ste_sign, stochastic_sign
 from bnnbook.models import binaryconnect_mlp
+from bnnbook.optim import split_parameters
 
 LAYERS = [
     (layers.BinaryLinear, (6, 4), (5, 6)),
@@ -75,6 +76,17 @@ def test_state_dict_round_trip():
     assert list(first.state_dict()) == ["weight"]
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.binary_weight(), second.binary_weight())
+
+
+def test_a_layer_without_latent_weights_notices_when_it_is_given_some():
+    latent = nn.Sequential(layers.BinaryLinear(4, 3))
+    free = nn.Sequential(layers.BinaryLinear(4, 3, weight_quantizer=None))
+    with pytest.raises(RuntimeError, match=r"0\.weight must be exactly ±1 without a weight_quant"):
+        free.load_state_dict(latent.state_dict())
+    latent[0].set_quantizers(None, None)  # the way that the message names
+    free.load_state_dict(latent.state_dict())
+    assert torch.equal(free[0].weight, latent[0].weight)
+    free.load_state_dict({}, strict=False)
 
 
 def test_initial_latent_weights():
@@ -156,3 +168,487 @@ def test_algorithm_1_agrees_bit_for_bit_with_its_literal_twin():
         assert torch.equal(layer.binary_weight(), torch.tensor(binary))
     assert torch.equal(layer.weight, torch.tensor(latent))
     assert (np.diff(history, axis=0) != 0).sum() > 20  # it did learn
+
+
+# --- The convolution's border ------------------------------------------------------------------
+
+
+def convolve(x, weight, stride=1, padding=0, groups=1, value=0.0):
+    """A convolution of one sample, x (C, H, W), weight (O, C / groups, kh, kw), spelled out."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)), constant_values=value)
+    outputs, inputs, kh, kw = weight.shape
+    shape = [(size - k) // stride + 1 for size, k in zip(x.shape[1:], (kh, kw), strict=True)]
+    y = np.zeros((outputs, *shape))
+    for o, i, j in np.ndindex(y.shape):
+        first = o // (outputs // groups) * inputs  # this output's group of input channels
+        patch = x[
+            first : first + inputs, i * stride : i * stride + kh, j * stride : j * stride + kw
+        ]
+        y[o, i, j] = (patch * weight[o]).sum()
+    return y
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 2)])
+def test_the_border_is_padded_after_the_input_is_quantized(stride, groups, value):
+    layer = layers.BinaryConv2d(4, 6, 3, stride=stride, padding=1, groups=groups, bias=True,
+                                input_quantizer=ste_sign, padding_value=value)  # fmt: skip
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 4, 5, 6)
+    weight = layer.binary_weight().detach().numpy()
+    expected = [convolve(np.where(sample >= 0, 1, -1), weight, stride, 1, groups, value)
+                for sample in x.numpy()]  # fmt: skip
+    expected += layer.bias.detach().numpy()[:, None, None]
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", (1, 2), 0])
+def test_a_zero_border_is_torchs_own(padding):
+    """A binary border of -1 is one of 0, less what a border of ones would add."""
+    x = torch.randn(2, 3, 6, 7)
+    make = {v: layers.BinaryConv2d(3, 4, (3, 5), padding=padding, padding_value=v)
+            for v in (0, 1, -1)}  # fmt: skip
+    for layer in make.values():
+        layer.load_state_dict(make[0].state_dict())
+    plain = nn.functional.conv2d(x, make[0].binary_weight(), padding=padding)
+    assert torch.equal(make[0](x), plain)
+    torch.testing.assert_close((make[1](x) + make[-1](x)) / 2, plain)
+    assert torch.equal(make[1](x), make[-1](x)) == (padding in ("valid", 0))
+
+
+def test_only_a_binary_border_keeps_the_input_binary():
+    x = torch.full((1, 1, 3, 3), -0.5)
+    ones = {v: layers.BinaryConv2d(1, 1, 3, padding=1, input_quantizer=ste_sign, padding_value=v)
+            for v in (0, 1, -1)}  # fmt: skip
+    for layer in ones.values():
+        nn.init.ones_(layer.weight)
+    # at a corner 4 of 9 places lie inside: sums of nine numbers of ±1 are odd
+    assert {v: layer(x)[0, 0, 0, 0].item() for v, layer in ones.items()} == {0: -4, 1: 1, -1: -9}
+
+
+@pytest.mark.parametrize("value", [0.5, 2, float("nan"), None])
+def test_other_borders_are_refused(value):
+    with pytest.raises(ValueError, match="padding_value must be 0, 1 or -1"):
+        layers.BinaryConv2d(1, 1, 3, padding=1, padding_value=value)
+
+
+def test_repr_names_a_border_that_is_not_torchs():
+    assert "padding_value" not in repr(layers.BinaryConv2d(1, 1, 3))
+    assert "padding_value=1.0" in repr(layers.BinaryConv2d(1, 1, 3, padding_value=1.0))
+
+
+# --- Experts -----------------------------------------------------------------------------------
+
+EXPERT_OPTIONS = [
+    {},
+    {"groups": 2, "stride": 2, "padding": 1},
+    {"padding": 1, "padding_value": 1.0, "bias": True, "experts": 2},
+    {"padding": 1, "padding_value": -1.0, "groups": 4, "experts": 7},
+    {"padding": "same", "bias": True, "experts": 1},
+    {"weight_quantizer": magnitude_aware_sign, "input_quantizer": None},
+    {"weight_quantizer": None},
+]
+
+
+def expert_layer(in_channels=4, out_channels=8, seed=0, **options):
+    """An expert convolution whose gate splits a batch."""
+    torch.manual_seed(seed)
+    layer = layers.ExpertBinaryConv2d(in_channels, out_channels, 3, **options).double()
+    nn.init.normal_(layer.gate.weight, std=3.0)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def inputs(samples=6, channels=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, channels, 5, 6, generator=generator, dtype=torch.float64)
+
+
+def winners(layer, x):
+    """Each sample's expert, from the mean of the real input; the first of equal scores."""
+    scores = x.numpy().mean((2, 3)) @ layer.gate.weight.detach().numpy().T
+    scores = scores + layer.gate.bias.detach().numpy()
+    return [max(range(layer.experts), key=lambda k: (row[k], -k)) for row in scores]
+
+
+@pytest.mark.parametrize("samples", [1, 6])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", EXPERT_OPTIONS)
+def test_each_sample_meets_its_own_expert(options, training, samples):
+    layer, x = expert_layer(**options).train(training), inputs(samples)
+    chosen = winners(layer, x)
+    assert samples == 1 or layer.experts == 1 or len(set(chosen)) > 1
+    assert layer.selected(x).tolist() == chosen
+    quantizer = layer.weight_quantizer or real_weight
+    padding = 1 if options.get("padding") == "same" else options.get("padding", 0)
+    expected = []
+    for sample, k in zip(x, chosen, strict=True):
+        # here selected, then binarised; in the layer the other way round
+        weight = quantizer(layer.weight[k]).detach().numpy()
+        seen = layer.quantized_input(sample).numpy()
+        expected.append(convolve(seen, weight, layer.stride[0], padding, layer.groups,
+                                 layer.padding_value))  # fmt: skip
+    expected = np.array(expected)
+    if layer.bias is not None:
+        expected += layer.bias.detach().numpy()[:, None, None]
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-10)
+
+
+def test_the_gate_sees_the_real_input_and_not_its_signs():
+    layer = expert_layer(1, 1, experts=2)
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        layer.gate.bias.zero_()
+    x = torch.full((1, 1, 3, 3), -0.1, dtype=torch.float64)
+    x[0, 0, 0, 0] = 9.0  # the mean of the signs is negative, that of the input positive
+    assert layer.selected(x).tolist() == [0]
+
+
+def test_of_equal_scores_the_first_wins_alone():
+    layer, x = expert_layer(experts=5), inputs()
+    nn.init.zeros_(layer.gate.weight)
+    with torch.no_grad():
+        layer.gate.bias.copy_(torch.tensor([-1.0, 2.0, 0.0, 2.0, 2.0]))
+    assert layer.selected(x).tolist() == [1] * 6
+    plain = nn.functional.conv2d(ste_sign(x), layer.binary_weight()[1])
+    torch.testing.assert_close(layer(x), plain)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 25.0])
+def test_the_gates_gradient_is_that_of_a_softmax(temperature):
+    scores = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    one_hot = layers._WinnerTakesAll.apply(scores, torch.eye(4, dtype=torch.float64), temperature)
+    assert one_hot.tolist() == np.eye(4)[scores.detach().numpy().argmax(1)].tolist()
+    upstream = torch.randn(6, 4, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(one_hot, scores, upstream)
+    for n in range(6):
+        z = np.exp((scores[n].detach().numpy() - scores[n].max().item()) / temperature)
+        s = z / z.sum()
+        jacobian = (np.diag(s) - np.outer(s, s)) / temperature  # equation 4
+        np.testing.assert_allclose(slope[n], jacobian @ upstream[n].numpy(), atol=1e-12)
+        np.testing.assert_allclose(jacobian @ np.ones(4), 0, atol=1e-12)
+        fired = one_hot[n].detach().numpy()
+        assert not (np.diag(fired) - np.outer(fired, fired)).any()  # equation 4 read literally
+
+
+@pytest.mark.parametrize("options", EXPERT_OPTIONS)
+def test_gradients_are_those_of_the_winner_and_of_a_soft_mixture_for_the_gate(options):
+    layer, x = expert_layer(temperature=2.0, **options), inputs().requires_grad_()
+    upstream = torch.randn_like(layer(x))
+    parameters = [x, *layer.parameters()]
+    found = torch.autograd.grad(layer(x), parameters, upstream)
+    scores, experts = layer.gate(x.mean((2, 3))), layer.binary_weight()
+    outputs = []
+    for n, k in enumerate(winners(layer, x.detach())):
+        mixture = torch.einsum("e,e...", (scores[n] / 2).softmax(0), experts.detach())
+        weight = experts[k] + mixture - mixture.detach()  # adds 0, and the gate's gradient
+        seen = layer.quantized_input(x[n : n + 1])
+        if layer.padding_value:
+            seen = nn.functional.pad(seen, [1] * 4, value=layer.padding_value)
+        outputs.append(nn.functional.conv2d(
+            seen, weight, layer.bias, layer.stride, 0 if layer.padding_value else layer.padding,
+            groups=layer.groups))  # fmt: skip
+    expected = torch.autograd.grad(torch.cat(outputs), parameters, upstream)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_only_winners_learn_but_every_gate_does():
+    layer, x = expert_layer(experts=5), inputs(2)
+    layer(x).square().sum().backward()
+    chosen = set(winners(layer, x))
+    assert 0 < len(chosen) < 5
+    assert [bool(g.any()) for g in layer.weight.grad] == [k in chosen for k in range(5)]
+    assert layer.gate.weight.grad.any(1).all()
+    assert layer.gate.bias.grad.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("quantizer", [ste_sign, magnitude_aware_sign])
+@pytest.mark.parametrize("experts", [2, 4, 9])
+def test_equal_experts_leave_the_gate_alone(experts, quantizer, dtype):
+    """Whatever the gate says the output is the same, and the gate's gradient exactly zero."""
+    layer = expert_layer(experts=experts, weight_quantizer=quantizer).to(dtype)
+    x = inputs(16).to(dtype)
+    second = layer.weight[1].clone()
+    gate = layer.gate.weight.clone()
+    layer.replicate(1)
+    assert all(torch.equal(weight, second) for weight in layer.weight)
+    assert torch.equal(layer.gate.weight, gate)
+    before = layer(x)
+    before.square().sum().backward()
+    assert layer.weight.grad.any()
+    assert not layer.gate.weight.grad.any()
+    assert not layer.gate.bias.grad.any()
+    nn.init.normal_(layer.gate.weight)
+    assert torch.equal(layer(x), before)
+
+
+def test_a_soft_mixture_of_binary_weights_is_not_binary():
+    layer = expert_layer(experts=4)
+    soft = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    mixture = torch.einsum("e,e...", soft, layer.binary_weight())
+    assert mixture.detach().abs().round(decimals=9).unique().tolist() == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    scores = torch.randn(6, 4, dtype=torch.float64)
+    selected = layers._WinnerTakesAll.apply(scores, layer.binary_weight().flatten(1), 1.0)
+    assert selected.abs().eq(1).all()
+
+
+def test_each_output_channel_of_each_expert_has_its_own_scale():
+    layer = expert_layer(experts=3, weight_quantizer=magnitude_aware_sign)
+    scales = layer.binary_weight().abs().flatten(2)
+    torch.testing.assert_close(scales, scales[..., :1].expand_as(scales))
+    torch.testing.assert_close(scales[..., 0], layer.weight.abs().flatten(2).mean(2))
+
+
+def test_memory_format_does_not_matter():
+    layer, x = expert_layer(padding=1), inputs()
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), layer(x))
+    assert layer(x[:1].to(memory_format=torch.channels_last)).shape == (1, 8, 5, 6)
+
+
+def test_one_copy_of_the_selected_weights_is_kept():
+    layer, x = expert_layer(16, 16, experts=4), inputs(10, 16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t,
+                                                  lambda t: t):  # fmt: skip
+        layer(x)
+    one = layer.weight[0].numel()
+    assert sum(size == 10 * one for size in kept) == 1
+    assert sum(kept) <= (10 + 2 * 4) * one + 2 * x.numel() + 1000  # latent and binary experts
+
+
+def test_experts_are_binary_layers_and_their_gates_real_ones():
+    layer = expert_layer(bias=True)
+    binary, real = split_parameters(layer)
+    assert [p is layer.weight for p in binary] == [True]
+    assert {id(p) for p in real} == {id(p) for p in (*layer.gate.parameters(), layer.bias)}
+    gate = layer.gate.weight.clone()
+    with torch.no_grad():
+        layer.weight.mul_(9)
+    layers.clip_latent_weights(layer)
+    assert layer.weight.abs().max() == 1
+    assert torch.equal(layer.gate.weight, gate)
+    with layers.quantized_by(layer, real_weight):
+        assert torch.equal(layer.binary_weight(), layer.weight)
+    assert "experts=4" in repr(layer)
+    assert layer.weight.shape == (4, 8, 4, 3, 3)
+    other = expert_layer(bias=True, seed=5)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(inputs()), layer(inputs()))
+
+
+def test_experts_start_apart_and_in_minus_one_to_one():
+    layer = layers.ExpertBinaryConv2d(8, 16, 3)
+    assert 0.9 < layer.weight.abs().max() <= 1
+    assert not torch.equal(layer.weight[0], layer.weight[1])
+    free = layers.ExpertBinaryConv2d(8, 16, 3, weight_quantizer=None)
+    assert free.weight.abs().eq(1).all()
+    assert free.binary_weight() is free.weight
+
+
+def test_experts_under_autocast():
+    layer, x = expert_layer().float(), inputs().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == layer.gate.weight.grad.dtype == torch.float32
+    reference_layer = expert_layer().float()
+    reference_layer(x).square().sum().backward()
+    torch.testing.assert_close(y.float(), reference_layer(x))  # sums of 36 signs are exact
+    torch.testing.assert_close(layer.weight.grad, reference_layer.weight.grad)
+    torch.testing.assert_close(layer.gate.weight.grad, reference_layer.gate.weight.grad,
+                               rtol=0.1, atol=1.0)  # fmt: skip
+
+
+# the warning is torch's own, from tracing autograd functions
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_experts_compile_without_graph_breaks_and_keep_their_gradients():
+    layer, x = expert_layer(padding=1, padding_value=1.0), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).square().sum(), list(layer.parameters()))
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        assert other.any()
+
+
+@pytest.mark.parametrize("options", [{"experts": 0}, {"temperature": 0.0}, {"temperature": -1.0}])
+def test_experts_and_temperature_must_be_positive(options):
+    with pytest.raises(ValueError, match="experts and temperature must be positive"):
+        layers.ExpertBinaryConv2d(4, 8, 3, **options)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 5), (2, 3, 5, 5)])
+def test_experts_refuse_other_inputs(shape):
+    with pytest.raises(ValueError, match=r"must be \(N, 4, H, W\)"):
+        expert_layer()(torch.zeros(shape, dtype=torch.float64))
+
+
+# --- What stands around binary layers ----------------------------------------------------------
+
+AROUND = [layers.LearnableShift, layers.RPReLU, layers.ChannelScale]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def filled(module):
+    """The module with parameters that are neither 0 nor 1."""
+    for number, parameter in enumerate(module.parameters()):
+        nn.init.uniform_(parameter, 0.1 + number, 0.9 + number)
+    return module
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2)])
+@pytest.mark.parametrize("kind", AROUND)
+def test_one_number_for_each_channel(kind, shape):
+    module, x = filled(kind(3)).double(), torch.randn(shape, dtype=torch.float64)
+    y = module(x).detach().numpy()
+    for n, c, *place in np.ndindex(shape):
+        value = x[(n, c, *place)].item()
+        numbers = {name: p[c].item() for name, p in module.named_parameters()}
+        if kind is layers.LearnableShift:
+            expected = value + numbers["shift"]
+        elif kind is layers.ChannelScale:
+            expected = value * numbers["scale"]
+        else:
+            moved = value - numbers["gamma"]
+            expected = (moved if moved > 0 else numbers["slope"] * moved) + numbers["zeta"]
+        assert y[(n, c, *place)] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_gradients_of_the_layers_around(kind):
+    module = filled(kind(3)).double()
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+def test_what_the_layers_around_start_as():
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(layers.LearnableShift(3)(x), x)
+    assert torch.equal(layers.ChannelScale(3)(x), x)
+    assert torch.equal(layers.RPReLU(3)(x), nn.PReLU(3)(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", [
+    layers.LearnableShift(3), layers.RPReLU(3), layers.ChannelScale(3), layers.LocalResponseNorm(),
+])  # fmt: skip
+def test_real_parameters_do_not_widen_half_precision(module, dtype):
+    assert module(torch.ones(2, 3, 4, 4, dtype=dtype)).dtype == dtype
+
+
+def test_a_shift_before_a_sign_is_a_threshold():
+    shift = layers.LearnableShift(2)
+    with torch.no_grad():
+        shift.shift.copy_(torch.tensor([-0.5, 2.0]))
+    x = torch.tensor([[0.4, -1.9], [0.5, -2.0], [0.6, -2.1]])
+    assert ste_sign(shift(x)).tolist() == [[-1, 1], [1, 1], [1, -1]]
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [((6, 16), 2), ((6, 5), 1)])
+def test_data_driven_scale(channels, hidden):
+    scale = layers.DataDrivenScale(*channels).double()
+    x = torch.randn(4, channels[0], 3, 5, dtype=torch.float64)
+    assert scale.squeeze.weight.shape == (hidden, channels[0])
+    assert [name for name, _ in scale.named_parameters()] == ["squeeze.weight", "excite.weight"]
+    mean = x.numpy().mean((2, 3))
+    squeezed = np.maximum(0, mean @ scale.squeeze.weight.detach().numpy().T)
+    expected = 1 / (1 + np.exp(-squeezed @ scale.excite.weight.detach().numpy().T))
+    y = scale(x)
+    assert y.shape == (4, channels[1], 1, 1)
+    np.testing.assert_allclose(y[:, :, 0, 0].detach().numpy(), expected, rtol=1e-12)
+    assert ((y > 0) & (y < 1)).all()
+
+
+def test_data_driven_scale_refuses_a_reduction_below_one():
+    with pytest.raises(ValueError, match="reduction must be 1 or more"):
+        layers.DataDrivenScale(4, 4, reduction=0)
+
+
+# --- Local response normalisation --------------------------------------------------------------
+
+
+def response_norm(a, size=5, alpha=1e-4, beta=0.75, k=2.0):
+    """AlexNet, section 3.3, spelled out for a of shape (N, C, H, W)."""
+    b = np.empty_like(a)
+    for n, i, y, x in np.ndindex(a.shape):
+        first, last = max(0, i - size // 2), min(a.shape[1] - 1, i + size // 2)
+        total = sum(a[n, j, y, x] ** 2 for j in range(first, last + 1))
+        b[n, i, y, x] = a[n, i, y, x] / (k + alpha * total) ** beta
+    return b
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 12])
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+def test_local_response_norm_is_the_papers_formula(size, channels):
+    x = 50 * torch.randn(2, channels, 3, 2, dtype=torch.float64)
+    norm = layers.LocalResponseNorm(size, alpha=1e-3, beta=0.6, k=1.5)
+    expected = response_norm(x.numpy(), size, 1e-3, 0.6, 1.5)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_local_response_norm_is_torchs_with_five_times_alpha(scale):
+    x = scale * torch.randn(4, 96, 5, 5).relu()
+    torchs = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+    difference = (layers.LocalResponseNorm()(x) - torchs(x)).abs().max() / scale
+    assert difference < 1e-6
+    assert (nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)(x) - torchs(x)).abs().max() / scale > 1e-4
+    as_run = layers.LocalResponseNorm(alpha=2e-5)(x)
+    assert (nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)(x) - as_run).abs().max() / scale < 1e-6
+
+
+def test_local_response_norm_does_nothing_to_small_activations():
+    """It divides by 2^0.75, to 0.1 %, unless activations are of the order of 100."""
+
+    def deviation(scale):
+        x = scale * torch.randn(4, 96, 8, 8, generator=torch.Generator().manual_seed(0)).abs()
+        y = layers.LocalResponseNorm()(x.double())
+        return (y * 2**0.75 / x - 1).abs().mean().item()
+
+    assert deviation(1) < 0.001
+    assert deviation(100) > 0.4
+
+
+def test_neighbours_compete_in_local_response_norm():
+    norm, x = layers.LocalResponseNorm(), torch.full((1, 12, 1, 1), 100.0)
+    louder = x.clone()
+    louder[0, 4] = 500.0
+    change = (norm(louder) / norm(x)).flatten()
+    assert [i for i, ratio in enumerate(change) if ratio < 0.99] == [2, 3, 5, 6]
+    assert torch.equal(change[[0, 1, *range(7, 12)]], torch.ones(7))
+
+
+def test_local_response_norm_gradient_and_memory_format():
+    x = 30 * torch.randn(2, 7, 2, 3, dtype=torch.float64)
+    norm = layers.LocalResponseNorm()
+    assert torch.autograd.gradcheck(norm, (x.clone().requires_grad_(),))
+    torch.testing.assert_close(norm(x.to(memory_format=torch.channels_last)), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_local_response_norm_of_large_activations_in_half_precision(dtype):
+    """The square of 300 is beyond float16."""
+    x = torch.full((1, 8, 1, 1), 300.0, dtype=dtype)
+    expected = response_norm(x.double().numpy())
+    np.testing.assert_allclose(layers.LocalResponseNorm()(x).double(), expected,
+                               rtol=torch.finfo(dtype).eps)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0, 2, -3])
+def test_local_response_norm_refuses_windows_without_a_middle(size):
+    with pytest.raises(ValueError, match="size must be odd and positive"):
+        layers.LocalResponseNorm(size)
+
+
+def test_repr_names_the_constants_of_local_response_norm():
+    assert "5, alpha=0.0001, beta=0.75, k=2.0" in repr(layers.LocalResponseNorm())

@@ -1,12 +1,22 @@
-"""Which parameters are binary, and what BinaryConnect's learning-rate scaling does to them."""
+"""Optimizers of binary weights against their literal twins and against each other."""
 
+import copy
+import math
+import warnings
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnnbook import layers, optim
-from bnnbook.binarize import sign
+from bnnbook import data, layers, optim, probes, training
+from bnnbook.binarize import magnitude_aware_sign, sign, ste_sign
 from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
+from tests import reference
 
 CNN = [28.04, 39.19, 48.00, 55.43, 67.88, 78.38, 78.38, 36.95, 26.26]
 SVHN = [20.05, 27.71, 33.94, 39.19, 48.00, 55.43, 58.42, 36.95, 26.26]
@@ -48,6 +58,12 @@ def test_a_model_without_binary_layers_is_refused():
 def test_glorot_coefficients_of_the_papers_networks(network, expected):
     found = [1 / optim.glorot_coefficient(layer) for layer in layers.binary_layers(network())]
     assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_the_glorot_coefficient_of_an_expert_layer_is_that_of_one_expert():
+    experts = layers.ExpertBinaryConv2d(4, 6, 3, experts=5)
+    one = layers.BinaryConv2d(4, 6, 3)
+    assert optim.glorot_coefficient(experts) == optim.glorot_coefficient(one)
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
@@ -119,3 +135,692 @@ def test_zero_gradient_flips_nothing():
     for _ in range(20):
         optimizer.step()
     assert torch.equal(model[0].binary_weight(), before)
+
+
+# --- Three rules, one family ---------------------------------------------------------------------
+
+SHAPES = [(7,), (3, 5), (4, 3, 2, 2)]
+RULES = {
+    "CascadedEMA": (optim.CascadedEMA, {"alpha": 0.05, "gamma": 0.3}),
+    "Bop": (optim.Bop, {"gamma": 0.05, "threshold": 0.02}),
+    "LatentSGD": (optim.LatentSGD, {"lr": 0.5, "gamma": 0.3, "weight_decay": 0.1, "clip": 1.0}),
+}
+each_rule = pytest.mark.parametrize("rule", RULES)
+BINARY_RULES = ["CascadedEMA", "Bop"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs CUDA"))]  # fmt: skip
+
+
+def weights_of(values, dtype=torch.float64, device="cpu"):
+    return [nn.Parameter(torch.tensor(value, dtype=dtype, device=device)) for value in values]
+
+
+def run(optimizer, weights, gradients, schedulers=()):
+    """Step through (steps, ...) gradients, one array a weight; return the signs after each."""
+    history = []
+    for step in range(len(gradients[0])):
+        for weight, values in zip(weights, gradients, strict=True):
+            weight.grad = torch.as_tensor(values[step]).to(weight)
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        history.append(torch.cat([sign(weight).flatten() for weight in weights]))
+    return torch.stack(history)
+
+
+def noise(steps, *shapes, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.normal(size=(steps, *shape)) for shape in shapes]
+
+
+def start(*shapes, seed=1):
+    return [np.sign(values) for (values,) in noise(1, *shapes, seed=seed)]
+
+
+def make(rule, weights, **more):
+    kind, options = RULES[rule]
+    return kind(weights, **options, **more)
+
+
+def twin_step(rule, w, buffers, gradient, options):
+    if rule == "Bop":
+        w, *buffers = reference.bop_step(w, *buffers, gradient, **options)
+    elif rule == "CascadedEMA":
+        w, *buffers = reference.cascaded_ema_step(w, *buffers, gradient, **options)
+    else:
+        w, *buffers = reference.latent_sgd_step(w, *buffers, gradient, **options)
+    return w, buffers
+
+
+@each_rule
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_its_literal_twin_bit_for_bit(rule, device):
+    gradients, twins = noise(100, *SHAPES), start(*SHAPES)
+    weights = weights_of(twins, device=device)
+    optimizer = make(rule, weights)
+    buffers = [[np.zeros_like(w) for _ in optimizer.buffers(optimizer.param_groups[0])]
+               for w, weight in zip(twins, weights, strict=True)]  # fmt: skip
+    for step in range(100):
+        run(optimizer, weights, [values[step : step + 1] for values in gradients])
+        for i, weight in enumerate(weights):
+            twins[i], buffers[i] = twin_step(rule, twins[i], buffers[i], gradients[i][step],
+                                             RULES[rule][1])  # fmt: skip
+            assert np.array_equal(weight.detach().cpu().numpy(), twins[i])
+            for buffer, twin in zip(optimizer.state[weight].values(), buffers[i], strict=True):
+                assert np.array_equal(buffer.cpu().numpy(), twin)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Skip where torch.compile finds no C++ compiler or no Python headers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, in what it imports
+        try:
+            torch.compile(torch.neg)(torch.ones(3))
+        except Exception as error:
+            pytest.skip(f"torch.compile does not work here: {error}")
+
+
+@pytest.mark.usefixtures("compiler")
+@each_rule
+def test_the_compiled_update_gives_the_same_bits(rule):
+    gradients, values = noise(30, *SHAPES), start(*SHAPES)
+    pairs = []
+    for fused in (False, True):
+        weights = weights_of(values, torch.float32)
+        optimizer = make(rule, weights, fused=fused)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+        pairs.append((run(optimizer, weights, gradients, [schedule]), weights, optimizer))
+    (signs, eager, first), (others, compiled, second) = pairs
+    assert torch.equal(signs, others)
+    for weight, other in zip(eager, compiled, strict=True):
+        assert torch.equal(weight, other)
+        for name, buffer in first.state[weight].items():
+            assert torch.equal(buffer, second.state[other][name])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_new_rate_does_not_compile_anew():
+    (weight,) = weights_of(start((8,)))
+    optimizer = optim.Bop([weight], gamma=0.5, threshold=0.0, fused=True)
+    run(optimizer, [weight], noise(2, (8,)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(optimizer, [weight], noise(5, (8,)), [lr_scheduler.ExponentialLR(optimizer, 0.9)])
+
+
+@pytest.mark.parametrize("lr", [2.0**-6, 0.5, 16.0])
+@pytest.mark.parametrize("gamma", [1.0, 0.1])
+def test_latent_sgd_from_zero_is_the_cascade_whatever_its_learning_rate(lr, gamma):
+    """Facts A3, S11: g = -λw exactly, when λ is a power of two: the same roundings."""
+    alpha, gradients = 0.01, noise(1500, (40,))
+    decay = 2.0 ** np.round(np.log2(alpha / lr))
+    alpha = lr * decay
+    (latent,), (binary,) = weights_of([np.zeros(40)]), weights_of([np.ones(40)])
+    sgd = optim.LatentSGD([latent], lr=lr, gamma=gamma, weight_decay=decay)
+    ema = optim.CascadedEMA([binary], alpha=alpha, gamma=gamma)
+    assert torch.equal(run(sgd, [latent], gradients), run(ema, [binary], gradients))
+    assert torch.equal(ema.state[binary]["filtered_gradient"], -decay * latent)
+
+
+@pytest.mark.parametrize("lr", [0.003, 0.7])
+def test_latent_sgd_from_zero_flips_as_the_cascade_for_any_other_decay(lr):
+    gradients = noise(1500, (40,))
+    (latent,), (binary,) = weights_of([np.zeros(40)]), weights_of([np.ones(40)])
+    sgd = optim.LatentSGD([latent], lr=lr, gamma=0.1, weight_decay=0.01 / lr)
+    ema = optim.CascadedEMA([binary], alpha=0.01, gamma=0.1)
+    assert torch.equal(run(sgd, [latent], gradients), run(ema, [binary], gradients))
+
+
+def test_latent_weights_are_the_filter_plus_a_start_that_is_forgotten():
+    """Facts S3: w = -g/λ + w_0 (1 - α)^i."""
+    lr, decay, gradients, begin = 0.2, 0.05, noise(400, (30,)), noise(1, (30,), seed=5)[0][0]
+    (latent,), (binary,) = weights_of([begin]), weights_of([np.ones(30)])
+    run(optim.LatentSGD([latent], lr, gamma=0.1, weight_decay=decay), [latent], gradients)
+    ema = optim.CascadedEMA([binary], alpha=lr * decay, gamma=0.1)
+    run(ema, [binary], gradients)
+    g = ema.state[binary]["filtered_gradient"]
+    expected = -g / decay + torch.tensor(begin) * (1 - lr * decay) ** 400
+    torch.testing.assert_close(latent.detach(), expected, rtol=1e-11, atol=1e-12)
+
+
+def test_bop_without_threshold_is_the_first_order_cascade():
+    """Facts B2, S14."""
+    gradients = noise(1500, (40,))
+    (one,), (two,) = weights_of(start((40,))), weights_of(start((40,)))
+    bop = run(optim.Bop([one], gamma=0.02, threshold=0.0), [one], gradients)
+    assert torch.equal(bop, run(optim.CascadedEMA([two], 0.02, 1.0), [two], gradients))
+    assert (bop[1:] != bop[:-1]).any()
+
+
+@pytest.mark.parametrize(("lr", "momentum", "decay"), [(0.1, 0.9, 1e-4), (0.05, 0.5, 0.2)])
+def test_torch_sgd_is_a_cascade_of_other_rates(lr, momentum, decay):
+    """Facts A7: alpha and gamma are the roots of x² - (1 - μ + ηλ) x + ηλ, not ηλ and 1 - μ."""
+    alpha, gamma = np.sort(np.roots([1, -(1 - momentum + lr * decay), lr * decay]))
+    gradients = noise(1500, (40,))
+    (latent,), (binary,), (naive,) = (weights_of([np.ones(40) * x]) for x in (0, 1, 1))
+    torch_sgd = torch.optim.SGD([latent], lr, momentum=momentum, weight_decay=decay)
+    signs = run(torch_sgd, [latent], gradients)
+    assert torch.equal(signs, run(optim.CascadedEMA([binary], alpha, gamma), [binary], gradients))
+    as_it_looks = optim.CascadedEMA([naive], lr * decay, 1 - momentum)
+    assert not torch.equal(signs, run(as_it_looks, [naive], gradients))
+
+
+# --- What does not matter, and what does ---------------------------------------------------------
+
+
+def trained_signs(scale_start=1.0, steps=300, kappa=None, **options):
+    """The binary weights after each step of training a small binary network by LatentSGD."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 12, generator=generator).sign()
+    target = torch.randint(4, (64,), generator=generator)
+    latent = [
+        nn.Parameter(0.1 * scale_start * torch.randn(shape, generator=generator))
+        for shape in [(16, 12), (4, 16)]
+    ]
+    optimizer, history = optim.LatentSGD(latent, **options), []
+    for _ in range(steps):
+        a = x
+        for w in latent:
+            product = F.linear(ste_sign(a), (kappa or partial(ste_sign, clip_value=None))(w))
+            a = (product - product.mean(0)) / product.std(0)  # batch norm, without its epsilon
+        optimizer.zero_grad()
+        F.cross_entropy(a, target).backward()
+        optimizer.step()
+        history.append(torch.cat([sign(w).flatten() for w in latent]))
+    return torch.stack(history)
+
+
+BASE = {"lr": 0.03, "gamma": 0.1, "weight_decay": 0.3}
+
+
+@pytest.mark.parametrize("s", [2.0**-7, 4.0])
+def test_scaling_start_and_rate_with_decay_unscaled_changes_no_binary_weight(s):
+    """Facts A6.1, S7; theorem 1 of Helwegen et al. with weight decay put right."""
+    scaled = trained_signs(s, **BASE | {"lr": s * 0.03, "weight_decay": 0.3 / s})
+    signs = trained_signs(**BASE)
+    assert torch.equal(signs, scaled)
+    assert (signs[1:] != signs[:-1]).any(1).sum() > 50
+
+
+def test_theorem_one_holds_without_decay():
+    plain = BASE | {"weight_decay": 0.0}
+    assert torch.equal(trained_signs(**plain), trained_signs(0.25, **plain | {"lr": 0.25 * 0.03}))
+
+
+def test_scaling_with_the_decay_kept_changes_the_run():
+    """Facts A6.2, S8."""
+    assert not torch.equal(trained_signs(**BASE), trained_signs(4.0, **BASE | {"lr": 0.12}))
+
+
+def test_clipping_breaks_the_scaling_unless_it_is_scaled_too():
+    """Facts A6.7, S9."""
+    clipped = BASE | {"clip": 0.1}
+    scaled = {"lr": 0.25 * 0.03, "gamma": 0.1, "weight_decay": 0.3 / 0.25}
+    signs = trained_signs(**clipped)
+    assert not torch.equal(signs, trained_signs(**BASE))  # it is active
+    assert not torch.equal(signs, trained_signs(0.25, **scaled, clip=0.1))
+    assert torch.equal(signs, trained_signs(0.25, **scaled, clip=0.25 * 0.1))
+
+
+class KappaForward(torch.autograd.Function):
+    """Bi-Real Net's released code: the scale multiplies forward, and is left out backward."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return sign(w) * w.abs().mean(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize(("kappa", "power", "same"), [
+    (KappaForward.apply, 2, True), (KappaForward.apply, 1, False),
+    (partial(magnitude_aware_sign, clip_value=None), 1, True),
+    (partial(magnitude_aware_sign, clip_value=None), 2, False),
+])  # fmt: skip
+def test_the_scale_of_a_channel_matters_only_when_left_out_backward(kappa, power, same):
+    """Facts A6.8, S10: which learning rate goes with a start scaled by s, s or s²."""
+    s, plain = 0.25, {"lr": 0.03, "gamma": 0.1, "weight_decay": 0.0}
+    signs = trained_signs(kappa=kappa, **plain)
+    scaled = trained_signs(s, kappa=kappa, **plain | {"lr": 0.03 * s**power})
+    assert torch.equal(signs, scaled) == same
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**9])
+def test_the_cascade_does_not_see_the_scale_of_a_gradient_and_bop_does(factor):
+    """Facts A6.5, S12."""
+    (gradients,) = noise(600, (40,))
+    factors = np.where(np.arange(40) % 2, factor, 1.0)
+
+    def signs(rule, values):
+        (weight,) = weights_of(start((40,)))
+        return run(make(rule, [weight]), [weight], [values])
+
+    assert torch.equal(signs("CascadedEMA", gradients), signs("CascadedEMA", factors * gradients))
+    assert not torch.equal(signs("Bop", gradients), signs("Bop", factors * gradients))
+
+
+def test_the_first_step_of_the_cascade_flips_half():
+    """Facts A8, S13: afterwards every weight is minus the sign of its first gradient."""
+    (weight,) = weights_of(start((100, 100)))
+    before = weight.detach().clone()
+    (gradients,) = noise(1, (100, 100), seed=9)
+    run(optim.CascadedEMA([weight], 1e-3, 0.1), [weight], [gradients])
+    assert np.array_equal(weight.detach().numpy(), -np.sign(gradients[0]))
+    assert (weight != before).double().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_bop_flips_less_with_a_higher_threshold_and_a_lower_gamma():
+    """Facts S19."""
+    (gradients,) = noise(2000, (200,))
+
+    def flips(gamma, threshold):
+        (weight,) = weights_of(start((200,)))
+        signs = run(optim.Bop([weight], gamma, threshold), [weight], [gradients])
+        return (signs[1001:] != signs[1000:-1]).double().mean().item()
+
+    by_threshold = [flips(0.01, tau) for tau in (0, 0.02, 0.05, 0.1)]
+    by_gamma = [flips(gamma, 0.05) for gamma in (0.003, 0.01, 0.1)]
+    assert by_threshold == sorted(set(by_threshold), reverse=True)
+    assert by_gamma == sorted(set(by_gamma))
+
+
+# --- Schedules -----------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 40),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, 40),
+    "step": lambda o: lr_scheduler.MultiStepLR(o, [15, 30], 0.1),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 10, 2),
+    "constant, then linear": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 1.0), lr_scheduler.LinearLR(o, 1.0, 0.0, 20)], [20]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rule", BINARY_RULES)
+def test_torch_schedulers_decay_alpha_and_gamma(rule, schedule):
+    (twin,), (gradients,) = start((30,)), noise(40, (30,))
+    (weight,) = weights_of([twin])
+    optimizer = make(rule, [weight])
+    scheduler = SCHEDULES[schedule](optimizer)
+    options = dict(RULES[rule][1])
+    buffers, seen = [np.zeros(30)] * (1 + (rule == "CascadedEMA")), []
+    for gradient in gradients:
+        seen.append(optimizer.param_groups[0]["lr"])
+        options[optimizer.lr_name] = seen[-1]
+        run(optimizer, [weight], [gradient[None]], [scheduler])
+        twin, buffers = twin_step(rule, twin, buffers, gradient, options)
+        assert np.array_equal(weight.detach().numpy(), twin)
+    assert seen[0] == RULES[rule][1][optimizer.lr_name]
+    assert min(seen) < 0.5 * seen[0]
+
+
+def test_learning_rate_decay_is_alpha_decay():
+    """Facts A5, S4: with the same cosine, and the decay fixed, every sign is the same."""
+    gradients = noise(2000, (40,))
+    (latent,), (binary,) = weights_of([np.zeros(40)]), weights_of([np.ones(40)])
+    sgd = optim.LatentSGD([latent], lr=0.5, gamma=0.1, weight_decay=2.0**-5)
+    ema = optim.CascadedEMA([binary], alpha=2.0**-6, gamma=0.1)
+    cosines = [lr_scheduler.CosineAnnealingLR(o, 2000) for o in (sgd, ema)]
+    signs = run(sgd, [latent], gradients, cosines[:1])
+    assert torch.equal(signs, run(ema, [binary], gradients, cosines[1:]))
+    assert ema.param_groups[0]["lr"] == 0.0
+
+
+def test_alpha_decay_needs_the_cascade_and_not_the_direct_form():
+    """Facts A4, S5: the recursion in g alone, with alpha_i put in, is another filter."""
+    gamma, steps = 0.1, 400
+    alphas = 0.02 * (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2
+    (x,) = noise(steps, ())
+    (weight,) = weights_of([np.ones(())])
+    optimizer, cascade = optim.CascadedEMA([weight], 0.02, gamma), []
+    naive, right, q = [0.0, 0.0], [0.0, 0.0], 1 - gamma
+    for i, a in enumerate(alphas):
+        optimizer.param_groups[0]["lr"] = a
+        run(optimizer, [weight], [x[i : i + 1]])
+        cascade.append(optimizer.state[weight]["filtered_gradient"].item())
+        naive.append(a * gamma * x[i] + (2 - a - gamma) * naive[-1] - (1 - a) * q * naive[-2])
+        before = alphas[i - 1] if i else a
+        r = a / before
+        right.append(a * gamma * x[i] + (1 - a + q * r) * right[-1]
+                     - q * (1 - before) * r * right[-2])  # fmt: skip
+    scale = np.abs(cascade).max()
+    assert np.abs(np.array(right[2:]) - cascade).max() < 1e-12 * scale
+    assert np.abs(np.array(naive[2:]) - cascade).max() > 1e-3 * scale
+
+
+@each_rule
+def test_a_rate_of_zero_freezes_and_one_beyond_is_refused(rule):
+    (weight,) = weights_of(start((40,)))
+    optimizer = make(rule, [weight])
+    run(optimizer, [weight], noise(20, (40,)))
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert len(run(optimizer, [weight], noise(20, (40,), seed=4)).unique(dim=0)) == 1
+    name = "lr" if rule != "LatentSGD" else "gamma"
+    for rate in (1.5, -0.1, math.nan):
+        optimizer.param_groups[0][name] = rate
+        with pytest.raises(ValueError, match=r"must stay in \[0, 1\]"):
+            run(optimizer, [weight], noise(1, (40,)))
+
+
+def test_any_rate_can_be_lent_to_a_scheduler_and_resumed():
+    def make_all():
+        (weight,) = weights_of(start((20,)))
+        optimizer = optim.CascadedEMA([weight], 0.05, 0.8)
+        lent = optim.rate_as_lr(optimizer, "gamma")
+        schedulers = [lr_scheduler.CosineAnnealingLR(lent, 30), SCHEDULES["linear"](optimizer)]
+        return weight, optimizer, schedulers
+
+    (gradients,) = noise(30, (20,))
+    weight, optimizer, schedulers = make_all()
+    whole = run(optimizer, [weight], [gradients], schedulers)
+    assert optimizer.param_groups[0]["gamma"] == pytest.approx(0, abs=1e-9)
+    weight, optimizer, schedulers = make_all()
+    first = run(optimizer, [weight], [gradients[:11]], schedulers)
+    saved = [weight.detach().clone(), *(part.state_dict() for part in (optimizer, *schedulers))]
+    weight, optimizer, schedulers = make_all()
+    weight.data.copy_(saved[0])
+    for part, state in zip((optimizer, *schedulers), saved[1:], strict=True):
+        part.load_state_dict(state)
+    rest = run(optimizer, [weight], [gradients[11:]], schedulers)
+    assert torch.equal(torch.cat([first, rest]), whole)
+
+
+def test_a_rate_that_is_not_there_cannot_be_lent():
+    with pytest.raises(ValueError, match="no rate 'beta' in the groups; known: gamma, lr"):
+        optim.rate_as_lr(make("CascadedEMA", weights_of(start((2,)))), "beta")
+
+
+# --- Edge cases ----------------------------------------------------------------------------------
+
+
+@each_rule
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_zero_gradient_never_flips(rule, zero):
+    (weight,) = weights_of(start((200,)), torch.float32)
+    optimizer = make(rule, [weight])
+    if rule == "Bop":
+        optimizer.param_groups[0]["threshold"] = 0.0
+    before = sign(weight)
+    assert (run(optimizer, [weight], [np.full((300, 200), zero)]) == before).all()
+
+
+@pytest.mark.parametrize("rule", BINARY_RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_become_and_stay_exactly_binary(rule, dtype):
+    weight = nn.Parameter(torch.randn(50, 20).to(dtype))
+    weight.data[0] = 0.0
+    optimizer = make(rule, [weight])
+    assert torch.equal(weight[1:].detach(), sign(weight[1:])), "made ±1 by their signs"
+    (gradients,) = noise(50, (50, 20))
+    signs = run(optimizer, [weight], [gradients])
+    assert weight.dtype == dtype
+    assert set(weight.flatten().tolist()) == {-1.0, 1.0}
+    assert (signs[1:] != signs[:-1]).any()
+
+
+@pytest.mark.parametrize("rule", BINARY_RULES)
+def test_a_weight_that_starts_at_zero_becomes_either_sign(rule):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(10_000))
+    make(rule, [weight])
+    assert set(weight.tolist()) == {-1.0, 1.0}
+    assert weight.mean().item() == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("rule", BINARY_RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_have_float32_buffers(rule, dtype):
+    """Their flips are those of a float32 weight, also after the state was saved and loaded."""
+    (gradients,) = noise(200, (40,))
+    gradients = torch.tensor(gradients).to(dtype)
+    (half,), (full,) = weights_of(start((40,)), dtype), weights_of(start((40,)), torch.float32)
+    first = make(rule, [half])
+    signs = run(first, [half], [gradients[:100]])
+    state = first.state_dict()
+    second = make(rule, [half])
+    second.load_state_dict(state)
+    assert {b.dtype for b in second.state[half].values()} == {torch.float32}
+    signs = torch.cat([signs, run(second, [half], [gradients[100:]])])
+    assert torch.equal(signs.float(), run(make(rule, [full]), [full], [gradients.float()]))
+
+
+@each_rule
+def test_state_dict_round_trip(rule, tmp_path):
+    gradients, values = noise(60, *SHAPES), start(*SHAPES)
+    weights = weights_of(values)
+    whole = run(make(rule, weights), weights, gradients)
+    weights = weights_of(values)
+    optimizer = make(rule, weights)
+    run(optimizer, weights, [g[:25] for g in gradients])
+    torch.save([optimizer.state_dict(), [w.detach() for w in weights]], tmp_path / "state.pt")
+    state, values = torch.load(tmp_path / "state.pt", weights_only=True)
+    weights = [nn.Parameter(value) for value in values]
+    optimizer = make(rule, weights)
+    optimizer.load_state_dict(state)
+    assert torch.equal(run(optimizer, weights, [g[25:] for g in gradients]), whole[25:])
+
+
+@each_rule
+def test_binary_values_survive_being_saved_in_bfloat16(rule):
+    """Signs of latent weights too, and a run goes on from buffers that were saved so."""
+    (weight,) = weights_of(start((40,)), torch.float32)
+    optimizer = make(rule, [weight])
+    run(optimizer, [weight], noise(30, (40,)))
+    small = nn.Parameter(weight.detach().bfloat16().float())
+    assert torch.equal(sign(small), sign(weight))
+    state = optimizer.state_dict()
+    state["state"] = {0: {k: v.bfloat16() for k, v in state["state"][0].items()}}
+    resumed = make(rule, [small])
+    resumed.load_state_dict(state)
+    assert all(buffer.dtype == torch.float32 for buffer in resumed.state[small].values())
+    run(resumed, [small], noise(5, (40,)))
+
+
+@each_rule
+def test_sparse_gradients_are_those_of_the_dense_tensor(rule):
+    (one,), (two,) = weights_of(start((20, 3))), weights_of(start((20, 3)))
+    dense, sparse = make(rule, [one]), make(rule, [two])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        gradient = torch.randn(20, 3, generator=generator).double()
+        gradient[torch.rand(20, generator=generator) < 0.7] = 0
+        one.grad, two.grad = gradient, gradient.to_sparse()
+        dense.step()
+        sparse.step()
+    assert torch.equal(one, two)
+
+
+@each_rule
+def test_a_weight_without_gradient_is_left_alone(rule):
+    with_gradient, without = weights_of(start((5,), (5,)))
+    before = without.detach().clone()
+    optimizer = make(rule, [with_gradient, without])
+    with_gradient.grad = torch.ones_like(with_gradient)
+    optimizer.step()
+    assert torch.equal(without, before)
+    assert without not in optimizer.state
+    make(rule, [without]).step()
+
+
+def test_groups_have_their_own_rates():
+    gradients, values = noise(100, (20,), (20,)), start((20,), (20,))
+    together = weights_of(values)
+    groups = [{"params": together[:1], "alpha": 0.5}, {"params": together[1:], "gamma": 1.0}]
+    both = optim.CascadedEMA(groups, alpha=0.01, gamma=0.2)
+    assert [(g["lr"], g["gamma"]) for g in both.param_groups] == [(0.5, 0.2), (0.01, 1.0)]
+    signs = run(both, together, gradients)
+    apart = []
+    for value, gradient, rates in zip(values, gradients, [(0.5, 0.2), (0.01, 1.0)], strict=True):
+        (weight,) = weights_of([value])
+        apart.append(run(optim.CascadedEMA([weight], *rates), [weight], [gradient]))
+    assert torch.equal(signs, torch.cat(apart, 1))
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, math.nan, math.inf])
+def test_rates_outside_of_zero_to_one_are_refused(rate):
+    weights = weights_of(start((3,)))
+    before = weights[0].detach().clone() * 0.5
+    weights[0].data.copy_(before)
+    for kind, options in [
+        (optim.CascadedEMA, {"alpha": rate, "gamma": 0.1}),
+        (optim.CascadedEMA, {"alpha": 0.1, "gamma": rate}),
+        (optim.Bop, {"gamma": rate, "threshold": 0.0}),
+        (optim.LatentSGD, {"lr": 0.1, "gamma": rate}),
+    ]:
+        with pytest.raises(ValueError, match=r"(alpha|gamma) must be in \(0, 1\]"):
+            kind(weights, **options)
+    assert torch.equal(weights[0], before), "refused before anything was changed"
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    (optim.Bop, {"gamma": 0.1, "threshold": -1e-9}, "threshold must be"),
+    (optim.Bop, {"gamma": 0.1, "threshold": math.inf}, "threshold must be"),
+    (optim.LatentSGD, {"lr": -0.1}, "lr must be"),
+    (optim.LatentSGD, {"lr": 1.0, "weight_decay": 1.5}, "lr \\* weight_decay must be at most 1"),
+    (optim.LatentSGD, {"lr": 1.0, "clip": 0.0}, "clip must be"),
+    (optim.LatentSGD, {"lr": 1.0, "clip": math.nan}, "clip must be"),
+])  # fmt: skip
+def test_other_numbers_that_make_no_sense_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(weights_of(start((3,))), **options)
+
+
+def test_negative_decay_makes_latent_weights_explode():
+    """Facts C3: the pole 1 - alpha lies outside of the unit circle."""
+    (weight,) = weights_of([np.array([0.1, -0.1])])
+    optimizer = optim.LatentSGD([weight], lr=1.0, weight_decay=-0.1)
+    run(optimizer, [weight], [np.zeros((100, 2))])
+    assert weight.abs().min() > 1000
+
+
+def test_a_gradient_that_is_not_a_number_leaves_the_weight_binary():
+    """It never flips again; that the loss is no number any more is for the loop to notice."""
+    for rule in BINARY_RULES:
+        (weight,) = weights_of([np.ones(3)])
+        run(make(rule, [weight]), [weight], [np.array([[math.nan, 1.0, 1.0]])])
+        assert weight.tolist() == [1.0, -1.0, -1.0]
+
+
+class HostTraffic(TorchDispatchMode):
+    """Refuse what would make a GPU wait: reading a number, or counting with a mask."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        waits = {"_local_scalar_dense", "nonzero", "masked_select", "index", "index_put_"}
+        assert name not in waits, name
+        return func(*args, **(kwargs or {}))
+
+
+@each_rule
+def test_a_step_does_not_wait_for_the_device(rule):
+    (weight,) = weights_of(start((20,)))
+    optimizer = make(rule, [weight])
+    weight.grad = torch.ones_like(weight)
+    with HostTraffic():
+        optimizer.step()
+    with pytest.raises(AssertionError, match="index_put_"), HostTraffic():
+        weight.data[weight.data > 0] = 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@each_rule
+def test_a_step_does_not_wait_for_the_gpu(rule):
+    (weight,) = weights_of(start((20,)), device="cuda")
+    optimizer = make(rule, [weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+# --- As an optimizer of torch --------------------------------------------------------------------
+
+
+@each_rule
+def test_step_takes_a_closure(rule):
+    (weight,) = weights_of(start((4,)))
+    optimizer = make(rule, [weight])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum() + weight.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == pytest.approx(4 + start((4,))[0].sum())
+
+
+@each_rule
+def test_a_grad_scaler_steps_it(rule):
+    (gradients,) = noise(40, (10,))
+    (one,), (two,) = (
+        weights_of(start((10,)), torch.float32),
+        weights_of(start((10,)), torch.float32),
+    )
+    plain, scaled = make(rule, [one]), make(rule, [two])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for gradient in torch.tensor(gradients).float():
+        one.grad = gradient
+        plain.step()
+        scaled.zero_grad()
+        scaler.scale(two @ gradient).backward()
+        scaler.step(scaled)
+        scaler.update()
+    assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_step_is_the_step():
+    (one,), (two,) = weights_of(start((10,))), weights_of(start((10,)))
+    gradients = noise(10, (10,))
+    plain, compiled = make("CascadedEMA", [one]), make("CascadedEMA", [two])
+    compiled.step = torch.compile(compiled.step)
+    assert torch.equal(run(plain, [one], gradients), run(compiled, [two], gradients))
+
+
+@each_rule
+def test_copies_and_pickles(rule):
+    (weight,) = weights_of(start((10,)))
+    optimizer = make(rule, [weight])
+    run(optimizer, [weight], noise(5, (10,)))
+    other = copy.deepcopy(optimizer)
+    (copied,) = other.param_groups[0]["params"]
+    gradients = noise(20, (10,), seed=7)
+    assert torch.equal(run(optimizer, [weight], gradients), run(other, [copied], gradients))
+
+
+def test_trains_a_network_and_resumes_it_exactly(tmp_path, press_ctrl_c_at):
+    digits = data.load("digits")
+
+    def train(epochs, checkpoint=None):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), layers.BinaryLinear(64, 64, weight_quantizer=None),
+                              nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))  # fmt: skip
+        binary, real = optim.split_parameters(model)
+        optimizers = optim.CascadedEMA(binary, 0.01, 0.1), torch.optim.Adam(real)
+        cosine = lr_scheduler.LambdaLR(optimizers[0], lambda epoch: 0.7**epoch)
+        history = training.train(model, digits, optimizers, epochs=epochs, batch_size=50,
+                                 schedulers=[cosine], probes=[probes.FlipRatio()], device="cpu",
+                                 checkpoint=checkpoint)  # fmt: skip
+        return model, history
+
+    model, history = train(4)
+    assert set(model[1].weight.flatten().tolist()) == {-1.0, 1.0}
+    assert history.rows[-1]["test_accuracy"] > 0.8
+    assert history.rows[-1]["flip_ratio"] < history.rows[0]["flip_ratio"]
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c_at(60, patch)  # in the third epoch
+        with pytest.raises(KeyboardInterrupt):
+            train(4, tmp_path / "run.pt")
+    resumed, rows = train(4, tmp_path / "run.pt")
+    assert torch.equal(resumed[1].weight, model[1].weight)
+    different = [name for name in history.frame if name != "seconds"]
+    assert rows.frame[different].equals(history.frame[different])

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import posixpath
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, Page, find_chromium
+from sphinx.util.inventory import InventoryFile
 
-from tools import check_site
+from tools import api, check_site
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 390  # pixels of a phone
@@ -26,13 +28,27 @@ def html(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("site")
     program = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", program, "build", str(ROOT), "--path-output", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out / "_build" / "html"
 
 
 def test_the_site_keeps_its_promises(html):
     assert check_site.problems(html) == []
+
+
+def test_the_reference_has_every_public_name(html):
+    with (html / "objects.inv").open("rb") as file:
+        inventory = InventoryFile.load(file, "", posixpath.join)
+    kinds = [kind for kind in inventory if kind.startswith("py:")]
+    pages = {name: entry[2] for kind in kinds for name, entry in inventory[kind].items()}
+    tops = set(api.modules_in("bnnbook")) - {"bnnbook.cli"}  # its page lists commands
+    modules = ["bnnbook", *tops, *(below for top in tops for below in api.modules_in(top))]
+    found = [(module, name.path) for module in modules for name in api.public(module)]
+    assert len(found) > 100
+    for module, path in found:
+        page = module.split(".")[1] if "." in module else "index"
+        assert pages[path] == f"book/api/{page}.html#{path}"
 
 
 # The checker on a site of five small pages: clean as it stands, and with one defect at a time.
@@ -45,6 +61,7 @@ CLAIM = {
 }  # fmt: skip
 NOTEBOOK = {"cells": [{"outputs": [{"data": {check_site.claims.MIME: CLAIM}}]}]}
 COLAB = check_site.COLAB + "somebody/book/blob/main/notebooks/toy.ipynb"
+SOURCE = "https://github.com/somebody/book/blob/main/toy.py"
 CONFIG = "repository: {url: https://github.com/somebody/book, branch: main}\n"
 HEAD = """<html><head><link rel="stylesheet" href="{up}_static/site.css"/>
 <link rel="icon" href="{up}_static/dot.svg"/><script src="{up}_static/mathjax.js"></script></head>
@@ -54,7 +71,10 @@ PAGES = {
     "index.html": '<meta http-equiv="Refresh" content="0; url=book/intro.html" />',
     "search.html": HEAD.format(up="") + "<h1>Search</h1>" + TAIL,
     "book/intro.html": HEAD.format(up="../") + '<h1>Intro</h1><a href="../notebooks/toy.html#one">'
-    'Toy</a><a href="https://example.org">Elsewhere</a><code>{eq}`a`</code>' + TAIL,
+    'Toy</a><a href="https://example.org">Elsewhere</a><code>{eq}`a`</code>'
+    f'<dl class="py"><dt id="toy.add">add()<a href="{SOURCE}#L3-L4">[source]</a></dt>'
+    f'<dd>Add.</dd></dl><dl class="py data"><dt id="toy.A">A<a href="{SOURCE}#L1-L1">[source]</a>'
+    "</dt><dd></dd></dl>" + TAIL,
     "book/what-holds.html": HEAD.format(up="../") + "<table><thead><tr><th>Chapter</th>"
     "<th>Claim</th><th>Paper</th><th>Ours</th><th>n</th><th>Spread</th><th>Hardware</th>"
     "<th>Verdict</th></tr></thead><tbody><tr><td><a href='../notebooks/toy.html'>Toy</a></td>"
@@ -79,6 +99,7 @@ def small_site(root: Path) -> Path:
     """Write the small site and its repository; return the folder of its pages."""
     files = {f"html/{name}": text for name, text in PAGES.items()}
     files |= {"_config.yml": CONFIG, "notebooks/toy.ipynb": json.dumps(NOTEBOOK)}
+    files["toy.py"] = "A = 1\n\n@cache\ndef add(): ...\n"
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
@@ -122,6 +143,12 @@ DEFECTS = [
     (INTRO, "https://example.org", COLAB + "x", "no notebook of this repository"),
     (TOY, "btn-download-source-button", "", "0 download buttons"),
     ("_sources/notebooks/toy.ipynb", "One", "Two", "differs from toy.ipynb"),
+    (INTRO, "toy.py#L3", "tow.py#L3", "names no file of the repository"),
+    (INTRO, "#L3", "#L1", "the source of toy.add is not at"),
+    (INTRO, "#L3", "#L30", "the source of toy.add is not at"),
+    (INTRO, f'<a href="{SOURCE}#L3-L4">[source]</a>', "", "toy.add has no link to its source"),
+    (INTRO, "<dd>Add.", "<dd>", "toy.add has no description"),
+    (INTRO, "py data", "py", "toy.A has no description"),
     (TOY, "</head>", '<script src="../_static/mathjax.js"></script></head>', "MathJax 2 times"),
     (TOY, '<script src="../_static/mathjax.js">', "<script>", "does not load MathJax"),
     ("searchindex.js", "notebooks/toy", "notebooks/other", "does not know notebooks/toy"),
@@ -249,6 +276,17 @@ def test_pages_do_not_scroll_sideways_on_a_phone(browser, html):
         widths[path.name] = width_of(page)
         page.close()
     assert widths == dict.fromkeys(widths, WIDTH)
+
+
+def test_the_reference_opens_without_a_mistake_on_a_phone_in_the_dark(browser, html):
+    found = {}
+    for path in sorted(html.glob("book/api/*.html")):
+        page = browser.open(path.as_uri(), width=WIDTH, height=844, dark=True)
+        wrong = [*mistakes(page), *([f"{width_of(page)} pixels wide"] * (width_of(page) > WIDTH))]
+        found |= {path.name: wrong} if wrong else {}
+        page.close()
+    assert found == {}
+    assert (html / "book" / "api" / "layers.html").is_file()
 
 
 def width_of(page: Page) -> int:

@@ -1,5 +1,6 @@
 """The training loop: reproducible, resumable to the bit, and clear about what went wrong."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -337,6 +338,15 @@ def test_convolutions_and_test_model():
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_trains_expert_layers_whose_weights_have_five_dimensions():
+    torch.manual_seed(0)
+    model = nn.Sequential(layers.ExpertBinaryConv2d(1, 3, 3, experts=2), nn.Conv2d(3, 3, 2),
+                          nn.Flatten())  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu")
+    assert model[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_training_learns_the_same(monkeypatch):
     compile_ = torch.compile
@@ -445,3 +455,15 @@ def test_cuda_trains_and_resumes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         once(probes=[StopAfter(7)], checkpoint=tmp_path / "run.pt")
     assert_same(straight, once(probes=[StopAfter(-1)], checkpoint=tmp_path / "run.pt"))
+
+
+def test_the_probes_hooks_come_off_at_the_end_and_after_an_error():
+    for fails in (False, True):
+        model, optimizer, _ = setting()
+        probe = probes.GradientSample(weights=4, steps=1000)
+        options = {"loss": lambda y, t: y.sum() * float("nan")} if fails else {}
+        with contextlib.suppress(training.NonFiniteLossError):
+            training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
+                           probes=[probe], **options)  # fmt: skip
+        assert {len(gradients) for gradients in probe.gradients().values()} == {5}
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

@@ -9,7 +9,7 @@ from tools import website
 
 @pytest.fixture
 def book(tmp_path):
-    for folder in ("book", "notebooks", "bnnbook/__pycache__"):
+    for folder in ("book", "notebooks", "bnnbook/__pycache__", "tools"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("_config.yml", "_toc.yml", "requirements.lock", "book/intro.md"):
         (tmp_path / name).write_text("first", encoding="utf-8")
@@ -47,7 +47,9 @@ def test_nothing_changed_builds_nothing_and_says_where_the_book_is(book, builds,
     assert printed.count(f"the book: {(book / '_build' / 'html' / 'index.html').as_uri()}") == 2
 
 
-@pytest.mark.parametrize("name", ["book/intro.md", "_toc.yml", "notebooks/new.ipynb"])
+@pytest.mark.parametrize(
+    "name", ["book/intro.md", "_toc.yml", "notebooks/new.ipynb", "bnnbook/new.py", "tools/api.py"]
+)
 def test_a_changed_or_new_source_builds_again(book, builds, name):
     build(book)
     (book / name).write_text("second", encoding="utf-8")

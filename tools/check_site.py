@@ -51,6 +51,7 @@ class Site:
     def __init__(self, html: Path, root: Path = ROOT):
         self.html = Path(html).resolve()
         self.root = Path(root).resolve()
+        self._texts: dict[Path, list[str]] = {}
 
     @cached_property
     def pages(self) -> dict[Path, BeautifulSoup]:
@@ -78,6 +79,14 @@ class Site:
         """The page of each chapter with its notebook in the repository."""
         notebooks = sorted((self.root / "notebooks").glob("*.ipynb"))
         return {self.html / "notebooks" / f"{path.stem}.html": path for path in notebooks}
+
+    def lines(self, file: Path, fragment: str) -> str:
+        """The first two lines that a fragment such as L3-L9 means in a file."""
+        if file not in self._texts:
+            self._texts[file] = file.read_text(encoding="utf-8").splitlines()
+        match = re.match(r"L(\d+)", fragment)
+        first = int(match[1]) - 1 if match else 0
+        return "\n".join(self._texts[file][first : first + 2])
 
     def name(self, path: Path) -> str:
         """A page's path as the problems print it."""
@@ -224,6 +233,32 @@ def _download(site: Site, path: Path, page: BeautifulSoup, notebook: Path) -> It
         yield f"{site.name(path)}: the download {found[0]} differs from {notebook.name}"
 
 
+def source_links(site: Site) -> Iterator[str]:
+    """A link into the repository names a file that is there, and lines that hold its name."""
+    repository = site.config["repository"]
+    start = f"{repository['url']}/blob/{repository['branch']}/"
+    for path, page in site.pages.items():
+        for link in page.select(f'a[href^="{start}"]'):
+            parts = urlsplit(link["href"].removeprefix(start))
+            file = site.root / unquote(parts.path)
+            entry = link.find_parent("dt", id=True)
+            if not file.is_file():
+                yield f"{site.name(path)}: the link {link['href']} names no file of the repository"
+            elif entry and entry["id"].rpartition(".")[2] not in site.lines(file, parts.fragment):
+                yield f"{site.name(path)}: the source of {entry['id']} is not at {link['href']}"
+
+
+def entries(site: Site) -> Iterator[str]:
+    """Each entry of the reference leads to its source, and says something unless it is a value."""
+    for path, page in site.pages.items():
+        for entry in page.select("dl.py > dt[id]"):
+            if not entry.select_one('a[href*="/blob/"]'):
+                yield f"{site.name(path)}: {entry['id']} has no link to its source"
+            described = entry.find_next_sibling("dd").get_text(strip=True)
+            if not described and "data" not in entry.parent["class"]:
+                yield f"{site.name(path)}: {entry['id']} has no description"
+
+
 def mathjax(site: Site) -> Iterator[str]:
     """MathJax is loaded once by a page with formulas, and never twice."""
     for path, page in site.pages.items():
@@ -354,8 +389,8 @@ def leftovers(site: Site) -> Iterator[str]:
 
 
 CHECKS = (
-    pages_exist, resources, style_sheets, images, links, buttons, mathjax, search_index,
-    claims_listed, leftovers,
+    pages_exist, resources, style_sheets, images, links, buttons, source_links, entries,
+    mathjax, search_index, claims_listed, leftovers,
 )  # fmt: skip
 
 

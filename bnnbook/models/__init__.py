@@ -1,5 +1,32 @@
-"""Networks of the papers, one file a paper, one constructor function each."""
+"""Networks of the papers, one file a paper, one constructor function each; and their summary."""
 
+from bnnbook.models.alexnet import alexnet, alexnet_small, four_layer_cnn
 from bnnbook.models.binaryconnect import binaryconnect_cnn, binaryconnect_mlp
+from bnnbook.models.binarynet import binarynet
+from bnnbook.models.bireal import birealnet18, birealnet20
+from bnnbook.models.expert import (
+    architecture_name,
+    expertnet,
+    load_one_expert,
+    parse_architecture,
+)
+from bnnbook.models.reactnet import reactnet_a, reactnet_small
+from bnnbook.models.summary import summary
 
-__all__ = ["binaryconnect_cnn", "binaryconnect_mlp"]
+__all__ = [
+    "alexnet",
+    "alexnet_small",
+    "architecture_name",
+    "binaryconnect_cnn",
+    "binaryconnect_mlp",
+    "binarynet",
+    "birealnet18",
+    "birealnet20",
+    "expertnet",
+    "four_layer_cnn",
+    "load_one_expert",
+    "parse_architecture",
+    "reactnet_a",
+    "reactnet_small",
+    "summary",
+]

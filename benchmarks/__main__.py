@@ -1,0 +1,54 @@
+"""`python -m benchmarks [NAME ...] [--device cpu] [--repeats 20]`: tables, and a JSON a device."""
+
+import argparse
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pandas
+import torch
+
+from bnnbook import records, training
+
+FOLDER = Path(__file__).parent
+NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers")
+
+
+def measured(name: str, device: torch.device, repeats: int) -> list[dict]:
+    """Run one benchmark module and print its table."""
+    table = importlib.import_module(f"benchmarks.{name}").run(device, repeats)
+    print(
+        f"\n{name}\n{pandas.DataFrame(table).to_string(index=False, float_format='{:.4g}'.format)}"
+    )
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what is named, or all, and write it beside what the file already holds."""
+    known = ", ".join(NAMES)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON")
+    options = parser.parse_args(argv)
+    unknown = set(options.names) - set(NAMES)
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; known: {known}")
+    device = training.choose_device(options.device)
+    hardware = records.device_name(device)
+    path = options.out / (re.sub(r"\W+", "-", hardware).strip("-").lower() + ".json")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in options.names or NAMES:
+        results[name] = {
+            "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "repeats": options.repeats, "table": measured(name, device, options.repeats),
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

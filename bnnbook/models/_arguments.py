@@ -1,0 +1,58 @@
+"""What the constructors accept: a check for each sort of argument, and the error it raises."""
+
+from collections.abc import Collection
+
+
+def check_choice(argument: str, value, known: Collection) -> None:
+    """Raise ValueError if ``value`` is none of ``known``.
+
+    >>> check_choice("pooling", 4, (2, 3))
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown pooling 4; known: 2, 3
+    """
+    if value not in tuple(known):
+        listed = ", ".join(str(each) for each in known)
+        raise ValueError(f"unknown {argument} {value!r}; known: {listed}")
+
+
+def check_counts(**counts) -> None:
+    """Raise ValueError if an argument is neither a positive integer nor a sequence of such.
+
+    >>> check_counts(classes=10, widths=(16, 32))
+    >>> check_counts(experts=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: experts: positive integers, not 0
+    """
+    for argument, value in counts.items():
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+            raise ValueError(f"{argument}: positive integers, not {value!r}")
+
+
+def check_lengths(length: int, **sequences) -> None:
+    """Raise ValueError if an argument does not hold so many numbers.
+
+    >>> check_lengths(3, convolutions=(6, 6))
+    Traceback (most recent call last):
+    ...
+    ValueError: convolutions: 3 numbers, not 2
+    """
+    for argument, value in sequences.items():
+        if len(value) != length:
+            raise ValueError(f"{argument}: {length} numbers, not {len(value)}")
+
+
+def check_quantizers(**quantizers) -> None:
+    """Raise ValueError if an argument is neither None nor a function.
+
+    >>> check_quantizers(weight_quantizer=None, input_quantizer=abs)
+    """
+    for argument, quantizer in quantizers.items():
+        if quantizer is not None and not callable(quantizer):
+            raise ValueError(
+                f"unknown {argument} {quantizer!r}; known: None or a function of a tensor, as "
+                "ste_sign, approx_sign, swish_sign, magnitude_aware_sign, stochastic_sign, "
+                "real_weight of bnnbook.binarize"
+            )

@@ -1,0 +1,64 @@
+"""BinaryNet for CIFAR-10 as Helwegen et al. (NeurIPS 2019) run it: weights and activations ±1."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from bnnbook.binarize import ste_sign
+from bnnbook.layers import BinaryConv2d, BinaryLinear
+from bnnbook.models._arguments import check_choice, check_counts, check_quantizers
+
+# Pixels that the padding of the first convolution adds on each side.
+PADDINGS = {"valid": 0, "same": 1}
+
+
+def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
+              hidden: Sequence[int] = (1024, 1024), in_channels: int = 3, image_size: int = 32,
+              padding: str = "valid", padding_value: float = 0.0, weight_quantizer=ste_sign,
+              input_quantizer=ste_sign) -> nn.Sequential:  # fmt: skip
+    """Return the network of the Bop experiments: 10 352 000 binary weights.
+
+    Two convolutions 3 x 3 of each width, then fully connected layers; every weight is binary, and
+    so is the input of every layer but the first. 2 x 2 max-pooling after each second convolution,
+    then batch normalisation, which learns a shift and no gain (eps 0.001, momentum 0.01 in torch's
+    sense). Input (N, in_channels, image_size, image_size) with values in [-1, 1], output
+    (N, classes) for the cross entropy.
+
+    - padding: that of the first convolution. "valid", as in the released code, makes 30 x 30
+      pixels of 32 x 32; "same" gives BinaryConnect's 14 022 016 weights, as the paper has it.
+    - padding_value: what the others pad their binary inputs with; see `BinaryConv2d`.
+    - weight_quantizer: `ste_sign`, say, for latent weights; None for weights that are ±1
+      themselves, as `Bop` and `CascadedEMA` train them.
+    - input_quantizer: binarises the inputs of all layers but the first.
+
+    Raises ValueError for an unknown padding, for a quantizer that is no function, and for an image
+    that is used up before the last pooling. (arXiv 1906.02107, section 5, and its code.)
+    """
+    check_counts(classes=classes, widths=tuple(widths), hidden=tuple(hidden),
+                 in_channels=in_channels)  # fmt: skip
+    check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)
+    check_choice("padding", padding, PADDINGS)
+    border = PADDINGS[padding]
+    size = (image_size + 2 * border - 2) // 2 ** len(widths)
+    if size < 1:
+        raise ValueError(f"image_size {image_size} is too small for {len(widths)} poolings")
+    latent, both = {"weight_quantizer": weight_quantizer}, {"input_quantizer": input_quantizer}
+    both |= latent
+    channels = [width for width in widths for _ in range(2)]
+    layers = [BinaryConv2d(in_channels, widths[0], 3, padding=border, **latent), _norm(widths[0])]
+    for number, (inputs, width) in enumerate(pairwise(channels)):
+        layers.append(BinaryConv2d(inputs, width, 3, padding=1, padding_value=padding_value,
+                                   **both))  # fmt: skip
+        layers += [nn.MaxPool2d(2)] * (number % 2 == 0) + [_norm(width)]
+    layers.append(nn.Flatten())
+    for inputs, units in pairwise([channels[-1] * size**2, *hidden, classes]):
+        layers += [BinaryLinear(inputs, units, **both), _norm(units, nn.BatchNorm1d)]
+    return nn.Sequential(*layers)
+
+
+def _norm(channels: int, kind: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """Return batch normalisation with a learned shift and no gain, as Keras's scale=False."""
+    norm = kind(channels, eps=1e-3, momentum=0.01)
+    norm.register_parameter("weight", None)
+    return norm

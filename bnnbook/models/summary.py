@@ -1,0 +1,133 @@
+"""What a network consists of: shapes, parameters, bits, and operations for one input."""
+
+import math
+
+from torch import Tensor, nn, no_grad, zeros
+from torch.func import functional_call
+
+from bnnbook.binarize import real_weight
+from bnnbook.layers import BinaryLayer
+
+REAL_BITS = 32
+COUNTS = ("parameters", "bits", "macs", "bops")
+
+
+def summary(model: nn.Module, input_shape):
+    """Return a pandas DataFrame with a row for each layer, and the row "total" at the end.
+
+    input_shape: of one input without the batch dimension, such as (3, 32, 32).
+
+    The index is the layer's name in the model; the columns are
+
+    - kind: its class;
+    - output: the shape of its output for one input, None if it was not used;
+    - parameters: how many it has itself (batch normalisation's statistics are none);
+    - bits: to store them, 1 for a binary weight, 32 for a real parameter;
+    - macs: multiply-accumulates with a real weight or a real input. BinaryConnect's layers count
+      here: their binary weights turn multiplications into additions, but of real numbers;
+    - bops: multiply-accumulates of a binary weight and a binary input, which XNOR and popcount do.
+
+    Only convolutions and linear layers count operations, padding included; of several experts one
+    fires, but all are stored. A latent weight counts as binary; a layer whose quantizer is
+    `real_weight` counts as real, one whose quantizers have ``bits`` of more than 1 has macs.
+
+    The model runs once on shapes alone (torch's meta device) and in evaluation mode, so neither
+    its weights, statistics and mode nor any random numbers change; forward hooks of its modules
+    are called once. Raises ValueError for a shape that the model does not take.
+
+    >>> table = summary(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (4,))
+    >>> table.loc["total", ["parameters", "bits", "macs", "bops"]].tolist()
+    [15, 480, 12, 0]
+    >>> table.loc["0", "kind"], table.loc["0", "output"]
+    ('Linear', (3,))
+    """
+    import pandas
+
+    outputs = _output_shapes(model, _checked(input_shape))
+    rows = [_row(name or type(module).__name__, module, outputs.get(module, []))
+            for name, module in model.named_modules() if _is_layer(module, outputs)]  # fmt: skip
+    total = {count: sum(row[count] for row in rows) for count in COUNTS}
+    rows.append(_row("total", model, outputs.get(model, [])) | total)
+    return pandas.DataFrame(rows).set_index("name")
+
+
+def _checked(input_shape) -> tuple[int, ...]:
+    """Return the shape as a tuple, or raise ValueError."""
+    shape = tuple(input_shape) if isinstance(input_shape, (tuple, list)) else ()
+    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError("input_shape is the shape of one input without the batch dimension, "
+                         f"such as (3, 32, 32), not {input_shape!r}")  # fmt: skip
+    return shape
+
+
+def _output_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, list]:
+    """Return the shapes of what each module put out, one for each time it was used."""
+    shapes: dict[nn.Module, list] = {}
+
+    def note(module, _, output):
+        if isinstance(output, Tensor):
+            shapes.setdefault(module, []).append(output.shape[1:])
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    state = {name: tensor.to("meta") for name, tensor in
+             (*model.named_parameters(), *model.named_buffers())}  # fmt: skip
+    dtype = next((tensor.dtype for tensor in model.parameters()), None)
+    try:
+        with no_grad():
+            x = zeros(1, *input_shape, dtype=dtype, device="meta")
+            functional_call(model.eval(), state, x)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the model takes no input of shape {input_shape}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    return shapes
+
+
+def _is_layer(module: nn.Module, outputs: dict) -> bool:
+    """Return whether a module is a row: it has parameters itself, or was used and has no parts."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return True
+    parts = any(True for _ in module.children())
+    return module in outputs and not parts and not isinstance(module, nn.Identity)
+
+
+def _row(name: str, module: nn.Module, outputs: list) -> dict:
+    """Return the row of a module that put out tensors of these shapes."""
+    parameters = sum(p.numel() for p in module.parameters(recurse=False))
+    macs = _products(module) * sum(shape.numel() for shape in outputs)
+    binary = isinstance(module, BinaryLayer)
+    weights = module.weight.numel() if binary else 0
+    weight_bits = _bits(module.weight_quantizer, unquantized=1) if binary else REAL_BITS
+    input_bits = _bits(module.input_quantizer, unquantized=REAL_BITS) if binary else REAL_BITS
+    bops = macs if weight_bits == input_bits == 1 else 0
+    return {
+        "name": name,
+        "kind": type(module).__name__,
+        "output": tuple(outputs[-1]) if outputs else None,
+        "parameters": parameters,
+        "bits": weight_bits * weights + REAL_BITS * (parameters - weights),
+        "macs": macs - bops,
+        "bops": bops,
+    }
+
+
+def _products(module: nn.Module) -> int:
+    """Return how many products are summed for one number of a layer's output."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.in_channels // module.groups * math.prod(module.kernel_size)
+    return 0
+
+
+def _bits(quantizer, unquantized: int) -> int:
+    """Return the bits of what a quantizer returns; ``unquantized`` where there is none."""
+    if quantizer is None:
+        return unquantized
+    if quantizer is real_weight:
+        return REAL_BITS
+    return getattr(quantizer, "keywords", {}).get("bits", 1)
