@@ -3,9 +3,9 @@
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
-from bnnbook.experiments import binaryconnect
+from bnnbook.experiments import alexnet, binaryconnect
 
-PAPERS = (binaryconnect,)
+PAPERS = (alexnet, binaryconnect)
 
 
 def names() -> list[str]:
