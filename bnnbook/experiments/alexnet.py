@@ -44,6 +44,7 @@ PAPER = {
 NETWORKS = {"four-layer": models.four_layer_cnn, "small": models.alexnet_small}
 PHOTOGRAPHS = "photographs"
 TARGET = 0.25  # figure 1's training error
+PATIENCE = 5  # epochs after which a rate that lags behind the best one stops
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def figure1(variant: str = "relu", *, seed: int = 0, scale: str = "small",
     recipe = find_recipe("figure1", variant, scale, epochs)
     known = {"authors": scale, "torch": f"{scale}, torch"}
     if known.get(start) not in RATES:
-        raise ValueError(f"unknown start {start!r} at {scale} scale; known: authors, torch (small)")
+        raise ValueError(
+            f"unknown start {start!r} at {scale} scale; known: authors, torch (small)"
+        )
     if start == "torch":
         options = recipe.options | {"weight_std": None}
         recipe = replace(recipe, raw_pixels=False, bias_lr=1.0, options=options)
@@ -311,14 +314,15 @@ def fastest(recipe: Recipe, rates, seed: int, device: torch.device, checkpoint,
             progress: bool | None) -> tuple[Fit, list[dict]]:  # fmt: skip
     """Train once for each rate; return the fit that reached the target first, and all rows.
 
-    A rate that cannot win any more stops. If none reaches the target, the one with the least
-    training error is best. A rate that diverges is left out of the rows.
+    A rate that cannot win any more stops, and so does one whose training error after `PATIENCE`
+    epochs or more is above that of the best rate after as many. If none reaches the target, the
+    one with the least training error is best. A rate that diverges is left out of the rows.
     """
-    best, best_key, every, limit = None, None, [], recipe.epochs
+    best, best_key, every, limit, leader = None, None, [], recipe.epochs, []
     for rate in rates:
         here = replace(recipe, lr=rate)
         folder = checkpoint and Path(checkpoint) / f"rate{rate:g}"
-        fitted = train_until(TARGET, here, limit, seed, device, folder, progress)
+        fitted = train_until(TARGET, here, limit, seed, device, folder, progress, leader)
         if fitted is None:
             continue
         rows = [row | {"rate": rate} for row in fitted.history.rows]
@@ -326,6 +330,7 @@ def fastest(recipe: Recipe, rates, seed: int, device: torch.device, checkpoint,
         key = (error > TARGET, len(rows) if error <= TARGET else error)
         if best is None or key < best_key:
             best, best_key = fitted, key
+            leader = [1 - row["train_accuracy"] for row in rows]
         if error <= TARGET:
             limit = max(1, len(rows) - 1)
         every += rows
@@ -336,9 +341,10 @@ def fastest(recipe: Recipe, rates, seed: int, device: torch.device, checkpoint,
 
 
 def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: torch.device,
-                folder, progress: bool | None) -> Fit | None:  # fmt: skip
+                folder, progress: bool | None, leader=()) -> Fit | None:  # fmt: skip
     """Train epoch by epoch until an epoch's training error is at most the target, or the limit.
 
+    ``leader``: the errors of a faster run; lagging behind it after `PATIENCE` epochs ends this one.
     Each epoch is a run of `training.train` with a checkpoint of its own in the folder. Returns
     None for a run that diverged.
     """
@@ -358,7 +364,9 @@ def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: to
         except training.NonFiniteLossError:
             return None
         history.rows.append(one.rows[0] | {"epoch": epoch + 1})
-        if 1 - one.rows[0]["train_accuracy"] <= target or epoch + 1 == limit:
+        error = 1 - one.rows[0]["train_accuracy"]
+        lags = PATIENCE <= epoch + 1 <= len(leader) and error > leader[epoch]
+        if error <= target or lags or epoch + 1 == limit:
             return Fit(model, history, dataset, preprocess, recipe)
 
 
