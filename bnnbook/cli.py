@@ -1,6 +1,7 @@
 """The command line: ``bnnbook list · run · record · data``."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -147,6 +148,8 @@ def _run_one(experiment, variant, seed, scale, epochs, device, results, runs: Pa
         typer.echo(f"stopped; {where if checkpoint.exists() else 'nothing was saved'}", err=True)
         raise typer.Exit(130) from None
     path = records.save(done, results, overwrite=True)
+    if checkpoint.is_dir():  # an experiment of several trainings keeps one for each
+        shutil.rmtree(checkpoint)
     checkpoint.unlink(missing_ok=True)
     typer.echo(f"{what}: test error {100 * done.metrics['test_error']:.2f} %, "
                f"{done.seconds:.0f} s on {done.environment['device']} -> {path}")  # fmt: skip

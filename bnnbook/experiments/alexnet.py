@@ -143,7 +143,7 @@ def figure1(variant: str = "relu", *, seed: int = 0, scale: str = "small",
                           checkpoint, progress)  # fmt: skip
     reached = [row for row in every if row["rate"] == best.recipe.lr]
     error = 1 - reached[-1]["train_accuracy"]
-    metrics = {"epochs_to_target": len(reached), "reached": error <= TARGET,
+    metrics = {"epochs_to_target": len(reached), "reached": int(error <= TARGET),
                "best_rate": best.recipe.lr, "epochs_run": len(every)}  # fmt: skip
     best.history.rows[:] = every
     record = make_record("figure1", variant, seed, scale, best, metrics)
@@ -336,7 +336,6 @@ def fastest(recipe: Recipe, rates, seed: int, device: torch.device, checkpoint,
         every += rows
     if best is None:
         raise training.NonFiniteLossError(f"all rates diverged: {', '.join(map(str, rates))}")
-    remove_parts(checkpoint)
     return best, every
 
 
@@ -368,14 +367,6 @@ def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: to
         lags = PATIENCE <= epoch + 1 <= len(leader) and error > leader[epoch]
         if error <= target or lags or epoch + 1 == limit:
             return Fit(model, history, dataset, preprocess, recipe)
-
-
-def remove_parts(checkpoint) -> None:
-    """Remove a folder of checkpoints, which holds folders of files."""
-    if checkpoint and Path(checkpoint).is_dir():
-        for part in sorted(Path(checkpoint).rglob("*"), reverse=True):
-            part.rmdir() if part.is_dir() else part.unlink()
-        Path(checkpoint).rmdir()
 
 
 # --- What is recorded --------------------------------------------------------------------------
