@@ -36,12 +36,17 @@ def _just_above(limit: float, dtype: torch.dtype) -> float:
 class _STESign(torch.autograd.Function):
     """Forward: sign. Backward: the gradient, masked to |x| <= clip_value."""
 
+    generate_vmap_rule = True  # works under torch.func
+
     @staticmethod
-    def forward(ctx, x, clip_value):
-        ctx.clip_value = clip_value
-        if clip_value is not None:
-            ctx.save_for_backward(x)
+    def forward(x, clip_value):
         return sign(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.clip_value = inputs
+        if ctx.clip_value is not None:
+            ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -75,10 +80,15 @@ def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
 class _ApproxSign(torch.autograd.Function):
     """Forward: sign. Backward: the gradient times a tent of height 2 over [-1, 1]."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    def forward(x):
         return sign(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -106,11 +116,16 @@ def approx_sign(x: Tensor) -> Tensor:
 class _SwishSign(torch.autograd.Function):
     """Forward: sign. Backward: the gradient times the derivative of the sign-swish."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, beta):
-        ctx.beta = beta
-        ctx.save_for_backward(x)
+    def forward(x, beta):
         return sign(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.beta = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -175,9 +190,15 @@ def magnitude_aware_sign(w: Tensor, clip_value: float | None = 1.0) -> Tensor:
 class _Levels(torch.autograd.Function):
     """Forward: round x in [0, 1] to a multiple of 1/n. Backward: the gradient, unchanged."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, n):
+    def forward(x, n):
         return (x * n).round() / n
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, gradient):
@@ -242,11 +263,17 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 class _StochasticSign(torch.autograd.Function):
     """Forward: a Bernoulli draw of -1 or +1. Backward: the gradient, unchanged."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, w, generator):
+    def forward(w, generator):
         # float32 draws: in half precision the grid of rand() would be too coarse for p near 0 or 1
         draw = torch.rand(w.shape, generator=generator, device=w.device)
         return (draw < hard_sigmoid(w.float())).to(w.dtype) * 2 - 1
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, gradient):

@@ -701,10 +701,11 @@ def contrast_normalize(images: Tensor, scale: float = 55.0, epsilon: float = 1e-
     >>> contrast_normalize(torch.tensor([[[[3, 11]]]], dtype=torch.uint8), scale=2 ** 0.5)
     tensor([[[[-1.,  1.]]]])
     """
-    images = images if images.is_floating_point() else images.to(torch.float32)
+    dtype = images.dtype if images.is_floating_point() else torch.float32
+    images = images.to(torch.promote_types(dtype, torch.float32))  # float16 would overflow
     centred = images - images.mean((1, 2, 3), keepdim=True)
     divisor = centred.square().sum((1, 2, 3), keepdim=True).sqrt() / scale
-    return centred / divisor.where(divisor >= epsilon, 1)
+    return (centred / divisor.where(divisor >= epsilon, 1)).to(dtype)
 
 
 def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,

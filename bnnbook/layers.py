@@ -55,12 +55,14 @@ class BinaryLayer:
                 self.bias.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        super()._load_from_state_dict(state_dict, prefix, *rest)
         weight, errors = state_dict.get(prefix + "weight"), rest[-1]
         if self.weight_quantizer is None and weight is not None and not (weight.abs() == 1).all():
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
             errors.append(f"{prefix}weight must be exactly ±1 without a weight_quantizer; to take "
                           "the signs of latent weights, load them into a layer that has one, then "
                           "call set_quantizers(None, ...)")  # fmt: skip
+            rest = (rest[0], False, *rest[2:])  # not strict: the weight is left out on purpose
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Add the quantizers' names to what torch prints."""
@@ -142,10 +144,13 @@ class _WinnerTakesAll(torch.autograd.Function):
     """Forward: the best expert of each sample. Backward: as if a softmax had mixed them."""
 
     @staticmethod
-    def forward(ctx, scores, experts, temperature):
-        ctx.temperature = temperature
-        ctx.save_for_backward(scores, experts)
+    def forward(scores, experts, temperature):
         return experts[scores.argmax(1)]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        scores, experts, ctx.temperature = inputs
+        ctx.save_for_backward(scores, experts)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -232,6 +237,18 @@ class ExpertBinaryConv2d(BinaryConv2d):
     def replicate(self, index: int = 0) -> None:
         """Give all experts the weights of one, the paper's start; the gate stays as it is."""
         self.weight.copy_(self.weight[index].clone())
+
+    def _apply(self, fn, recurse: bool = True):
+        # to(memory_format=torch.channels_last) converts five dimensions too, and fails on them
+        shape = self.weight.shape
+        for tensor in (self.weight, self.weight.grad):
+            if tensor is not None:
+                tensor.data = tensor.data.flatten(0, 1)
+        super()._apply(fn, recurse)
+        for tensor in (self.weight, self.weight.grad):
+            if tensor is not None:
+                tensor.data = tensor.data.unflatten(0, shape[:2])
+        return self
 
     def _scores(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:

@@ -73,12 +73,23 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; its rates are checked, and binary weights become ±1 (0 becomes either)."""
-        super().add_param_group(_with_lr(param_group, self.lr_name))
-        group = self.param_groups[-1]
-        self.check(group)
-        if self.binary:
-            for weight in group["params"]:
+        group = _with_lr(param_group, self.lr_name)
+        self.check({**self.defaults, **group})
+        super().add_param_group(group)
+        for weight in self.param_groups[-1]["params"]:
+            self.check_weight(weight)
+            if self.binary:
                 binarize_(weight)
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise ValueError for a type in which weights of this kind cannot be kept."""
+        if not weight.is_floating_point():
+            raise ValueError(f"a weight is stored in a floating-point type, not {weight.dtype}")
+        if not self.binary and torch.finfo(weight.dtype).bits < 32:
+            raise ValueError(
+                f"latent weights in {weight.dtype} would lose small updates and their decay: keep "
+                "them in float32, and let torch.autocast compute in half precision"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -149,9 +160,11 @@ def binarize_(weight: Tensor) -> Tensor:
 
     The draw is torch's global generator's. A weight that stayed 0 could never flip.
     """
-    if not weight.is_floating_point():
-        raise ValueError(f"a binary weight is stored in a floating-point type, not {weight.dtype}")
-    return weight.copy_(torch.where(weight == 0, stochastic_sign(0 * weight), sign(weight)))
+    zero = weight == 0
+    signs = sign(weight)
+    if zero.any():  # otherwise nothing is drawn, and runs of other optimizers can be compared
+        signs = torch.where(zero, stochastic_sign(torch.zeros_like(weight)), signs)
+    return weight.copy_(signs)
 
 
 def _check_rate(name: str, rate: float) -> None:
@@ -180,8 +193,9 @@ class CascadedEMA(FlipOptimizer):
     alpha: :math:`\alpha` in (0, 1]; about 1/alpha steps are remembered. ``group["lr"]``, which any
     torch scheduler may decay, down to 0.
     gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 makes the filter first-order.
-    fused: compile the update with `torch.compile` into one pass over memory (the first step then
-    takes some seconds; results are the same bit for bit).
+    fused: compile the update with `torch.compile` into one pass over memory; results are the same
+    bit for bit. It takes some seconds for each new set of shapes; after eight sets in one process
+    torch warns and goes on uncompiled.
 
     After the first step every weight is minus the sign of its first gradient, so that about half
     of them flip. Weights without a gradient are left alone. State: two buffers a weight, at least
@@ -306,9 +320,12 @@ class LatentSGD(FlipOptimizer):
 
     Seen from the binary weights, :math:`-\lambda w` is a gradient averaged twice, with the rates
     :math:`\gamma` and :math:`\alpha = \varepsilon\lambda`; without clipping and from w = 0 the
-    signs are those of `CascadedEMA`, for every :math:`\varepsilon` with the same product.
+    signs are those of `CascadedEMA`, for every :math:`\varepsilon` with the same product. In a
+    network that takes a quantizer which passes every gradient, such as `ste_sign` with
+    ``clip_value=None`` (its default stops them beyond 1), and a cascade that starts from the
+    same signs, +1 where w is 0.
 
-    params: latent weights, or groups.
+    params: latent weights, or groups; not in half precision.
     lr: :math:`\varepsilon \ge 0`.
     gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 needs no buffer.
     weight_decay: :math:`\lambda`, with :math:`\varepsilon\lambda \le 1`. A negative one makes
@@ -372,9 +389,10 @@ class LatentSGD(FlipOptimizer):
 
 def _scheduled(group: dict, name: str) -> float:
     """Return a rate after a scheduler may have changed it: 0 is allowed then, it freezes."""
-    if not 0 <= group[name] <= 1:
+    rate = min(max(group[name], 0.0), 1.0)
+    if not abs(rate - group[name]) < 1e-9:  # LinearLR's own rounding ends a little beside 0 or 1
         raise ValueError(f"a scheduler set {name} to {group[name]}; it must stay in [0, 1]")
-    return group[name]
+    return rate
 
 
 class _Lent(dict):
@@ -477,9 +495,10 @@ def glorot_scaled_groups(model: nn.Module, lr: float, power: int) -> list[dict]:
     if power not in (0, 1, 2):
         raise ValueError(f"power must be 0 (no scaling), 1 (ADAM) or 2 (SGD), not {power!r}")
     _, real = split_parameters(model)
+    layers = {id(layer.weight): layer for layer in binary_layers(model)}  # a shared weight once
     scaled = [
         {"params": [layer.weight], "lr": lr / glorot_coefficient(layer) ** power}
-        for layer in binary_layers(model)
+        for layer in layers.values()
     ]
     return [*scaled, {"params": real, "lr": lr}]
 

@@ -107,7 +107,7 @@ class FlipRatio:
     def state_dict(self) -> dict:
         """Return the counters; the signs themselves follow from the weights."""
         kept = {"history": self.recorded[: self.length].clone()} if self.per_step else {}
-        return {"flips": self.flips, "steps": self.steps, **kept}
+        return {"flips": self.flips.clone(), "steps": self.steps, **kept}
 
     def load_state_dict(self, state: dict) -> None:
         """Count on from a saved state, after the model's own weights were loaded."""
@@ -147,7 +147,7 @@ class C2I:
 
     def start(self, model: nn.Module) -> None:
         """Remember the signs the model starts with."""
-        self.weights = [layer.weight for layer in binary_layers(model)]
+        self.weights = [layer.weight for layer in _named_binary_layers(model).values()]
         self.initial = self._signs()
 
     def _signs(self) -> Tensor:
@@ -186,7 +186,7 @@ class Saturation:
 
     def start(self, model: nn.Module) -> None:
         """Remember which weights to look at."""
-        self.weights = [layer.weight for layer in binary_layers(model)]
+        self.weights = [layer.weight for layer in _named_binary_layers(model).values()]
 
     def step(self) -> None:
         """Do nothing: the share is taken once an epoch."""
@@ -520,8 +520,14 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
 
 
 def _named_binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
-    """Return the binary layers by their names in the model, in the order of its modules."""
-    found = {id(layer) for layer in binary_layers(model)}
+    """Return the binary layers by their names in the model, in the order of its modules.
+
+    Of layers that share a weight only the first.
+    """
+    first = {}
+    for layer in binary_layers(model):
+        first.setdefault(id(layer.weight), id(layer))
+    found = set(first.values())
     return {
         name or type(layer).__name__: layer
         for name, layer in model.named_modules()

@@ -400,3 +400,22 @@ def test_quantizers_compile_without_graph_breaks_and_keep_their_gradient(dynamic
         assert expected.any(), name
     same = [name != "stochastic_sign" for name in [*QUANTIZERS, "sign"]]
     torch.testing.assert_close(sums[same], expected_sums[same])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_certain_draw_is_certain_in_half_precision_too(dtype):
+    """A draw in half precision would round up to 1 now and then."""
+    torch.manual_seed(0)
+    ones = torch.ones(1_000_000, dtype=dtype)
+    assert (binarize.stochastic_sign(ones) == 1).all()
+    assert (binarize.stochastic_sign(-ones) == -1).all()
+
+
+@pytest.mark.parametrize("name", ["ste_sign", "approx_sign", "swish_sign", "dorefa_activation"])
+def test_quantizers_work_under_torch_func(name):
+    quantizer = getattr(binarize, name)
+    x = torch.tensor([-1.5, -0.4, 0.2, 0.9], requires_grad=True)
+    (expected,) = torch.autograd.grad(quantizer(x).sum(), x)
+    assert torch.equal(torch.func.grad(lambda v: quantizer(v).sum())(x.detach()), expected)
+    rows = torch.func.vmap(torch.func.grad(lambda v: quantizer(v).sum()))(x.detach().view(2, 2))
+    assert torch.equal(rows.flatten(), expected)

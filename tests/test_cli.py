@@ -277,7 +277,7 @@ def test_a_command_that_makes_no_sense_shows_the_usage(monkeypatch, capsys, argu
 def test_the_program_exits_with_one_line():
     done = program("run", "nonsense")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("bnnbook: unknown experiment 'nonsense'; known: binaryconnect.")
+    assert done.stderr.startswith("bnnbook: unknown experiment 'nonsense'; known: alexnet.")
     assert "Traceback" not in done.stderr
 
 

@@ -1210,3 +1210,12 @@ def test_the_real_mnist_and_cifar10():
     mean, std = data.channel_statistics(cifar.train_images)
     assert [round(v, 3) for v in mean.tolist()] == [0.491, 0.482, 0.447]
     assert [round(v, 3) for v in std.tolist()] == [0.247, 0.243, 0.262]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contrast_normalize_does_not_overflow_in_half_precision(dtype):
+    images = (255 * torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
+    normalized = data.contrast_normalize(images)
+    assert normalized.dtype == dtype
+    lengths = normalized.float().flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full((3,), 55.0), rtol=0.01, atol=0)

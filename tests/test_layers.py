@@ -652,3 +652,40 @@ def test_local_response_norm_refuses_windows_without_a_middle(size):
 
 def test_repr_names_the_constants_of_local_response_norm():
     assert "5, alpha=0.0001, beta=0.75, k=2.0" in repr(layers.LocalResponseNorm())
+
+
+def test_a_refused_load_leaves_the_binary_weights():
+    layer = layers.BinaryLinear(4, 3, weight_quantizer=None, bias=True)
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="must be exactly ±1"):
+        layer.load_state_dict({"weight": torch.full((3, 4), 0.3), "bias": torch.zeros(3)})
+    assert torch.equal(layer.weight, before)
+
+
+def test_an_expert_layer_can_be_laid_out_channels_last():
+    torch.manual_seed(0)
+    layer = layers.ExpertBinaryConv2d(4, 6, 3, experts=3)
+    x = torch.randn(5, 4, 7, 7)
+    layer(x).sum().backward()
+    before, gradient = layer(x), layer.weight.grad.clone()
+    moved = layer.to(memory_format=torch.channels_last)
+    assert moved is layer
+    assert layer.weight.shape == (3, 6, 4, 3, 3)
+    assert torch.equal(layer.weight.grad, gradient)
+    torch.testing.assert_close(layer(x), before)
+    assert layer.double().weight.dtype == torch.float64
+
+
+def test_gradients_of_single_samples_by_torch_func():
+    torch.manual_seed(0)
+    layer = layers.BinaryLinear(4, 3, input_quantizer=ste_sign)
+    x, weights = torch.randn(5, 4), dict(layer.named_parameters())
+
+    def loss(weights, sample):
+        return torch.func.functional_call(layer, weights, (sample,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)["weight"]
+    for sample, gradient in zip(x, found, strict=True):
+        layer.zero_grad()
+        layer(sample).square().sum().backward()
+        torch.testing.assert_close(gradient, layer.weight.grad)

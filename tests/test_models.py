@@ -13,12 +13,19 @@ from bnnbook.binarize import (
     approx_sign,
     dorefa_activation,
     dorefa_weight,
+    hard_sigmoid,
     magnitude_aware_sign,
     real_weight,
     ste_sign,
     stochastic_sign,
 )
-from bnnbook.layers import BinaryConv2d, BinaryLinear, ExpertBinaryConv2d, binary_layers
+from bnnbook.layers import (
+    BinaryConv2d,
+    BinaryLayer,
+    BinaryLinear,
+    ExpertBinaryConv2d,
+    binary_layers,
+)
 from bnnbook.models import (
     alexnet,
     alexnet_small,
@@ -716,3 +723,50 @@ def test_networks_that_differ_in_more_than_their_experts(options):
 def test_everything_public_is_exported():
     assert sorted(models.__all__) == models.__all__
     assert all(callable(getattr(models, name)) for name in models.__all__)
+
+
+def test_order_of_layers_in_binaryconnects_networks():
+    """Batch norm and ReLU follow the pooling; the output has batch norm and no ReLU."""
+    linear, conv = ["BinaryLinear", "BatchNorm1d"], ["BinaryConv2d", "BatchNorm2d", "ReLU"]
+    pooled = ["BinaryConv2d", "MaxPool2d", "BatchNorm2d", "ReLU"]
+    names = [type(layer).__name__ for layer in binaryconnect_mlp(4, (3, 3), 2)]
+    assert names == ["Flatten", *[*linear, "ReLU"] * 2, *linear]
+    names = [type(layer).__name__ for layer in binaryconnect_cnn(widths=(2, 2), hidden=3)]
+    assert names == [*(conv + pooled) * 2, "Flatten", *[*linear, "ReLU"] * 2, *linear]
+
+
+@pytest.mark.parametrize(("network", "message"), [
+    (lambda: binaryconnect_mlp(hidden=()), "hidden: positive integers"),
+    (lambda: binaryconnect_cnn(widths=(8, 8, 8), image_size=4), "image_size must be at least 8"),
+])  # fmt: skip
+def test_binaryconnects_networks_refuse_what_would_be_empty(network, message):
+    with pytest.raises(ValueError, match=message):
+        network()
+
+
+@pytest.mark.parametrize(("quantizer", "macs"), [
+    (torch.relu, 16), (hard_sigmoid, 16), (lambda x: dorefa_activation(x, 4), 16),
+    (partial(dorefa_activation, bits=2), 16), (dorefa_activation, 0), (ste_sign, 0), (None, 16),
+])  # fmt: skip
+def test_operations_are_binary_only_when_the_input_has_two_values(quantizer, macs):
+    model = nn.Sequential(BinaryLinear(4, 4, input_quantizer=quantizer))
+    total = summary(model, (4,)).loc["total"]
+    assert (total["macs"], total["bops"]) == (macs, 16 - macs)
+
+
+def test_a_shared_weight_is_stored_once_and_multiplied_twice():
+    first, second = BinaryLinear(8, 8), BinaryLinear(8, 8)
+    second.weight = first.weight
+    total = summary(nn.Sequential(first, second), (8,)).loc["total"]
+    assert (total["parameters"], total["bits"], total["macs"]) == (64, 64, 128)
+
+
+def test_one_expert_of_latent_weights_does_not_get_into_a_binary_network():
+    options = {"width": 8, "groups": (1,) * 4, "blocks": (1,) * 4}
+    model = expertnet(experts=2, weight_quantizer=None, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="must be exactly ±1"):
+        load_one_expert(model, expertnet(experts=1, **options))
+    binary = {name for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
+    for name in binary:
+        assert torch.equal(model.state_dict()[f"{name}.weight"], before[f"{name}.weight"])

@@ -458,6 +458,31 @@ def test_torch_schedulers_decay_alpha_and_gamma(rule, schedule):
     assert min(seen) < 0.5 * seen[0]
 
 
+@pytest.mark.parametrize("begin", [0.3, 1 / 3, 0.7])
+@pytest.mark.parametrize("rule", BINARY_RULES)
+def test_a_linear_schedule_may_end_a_rounding_beside_zero(rule, begin):
+    """LinearLR's recursion can end at -3e-20."""
+    (weight,) = weights_of(start((4,)))
+    optimizer = make(rule, [weight])
+    for steps in (3, 6, 7, 30):
+        optimizer.param_groups[0]["lr"] = 0.01
+        optimizer.param_groups[0].pop("initial_lr", None)
+        scheduler = lr_scheduler.LinearLR(optimizer, begin, 0.0, steps)
+        run(optimizer, [weight], noise(steps + 3, (4,)), [scheduler])
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_linear_schedule_may_end_a_rounding_beside_one():
+    (weight,) = weights_of(start((4,)))
+    optimizer = optim.CascadedEMA([weight], 0.1, 1.0)
+    for steps in range(2, 30):
+        lent = optim.rate_as_lr(optimizer, "gamma")
+        optimizer.param_groups[0].update(gamma=1.0)
+        optimizer.param_groups[0].pop("initial_gamma", None)
+        scheduler = lr_scheduler.LinearLR(lent, 0.1, 1.0, steps)
+        run(optimizer, [weight], noise(steps + 2, (4,)), [scheduler])
+
+
 def test_learning_rate_decay_is_alpha_decay():
     """Facts A5, S4: with the same cosine, and the decay fixed, every sign is the same."""
     gradients = noise(2000, (40,))
@@ -687,6 +712,34 @@ def test_rates_outside_of_zero_to_one_are_refused(rate):
 def test_other_numbers_that_make_no_sense_are_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(weights_of(start((3,))), **options)
+
+
+def test_a_refused_group_is_not_added():
+    optimizer = make("Bop", weights_of(start((3,))))
+    with pytest.raises(ValueError, match="gamma must be"):
+        optimizer.add_param_group({"params": weights_of(start((2,))), "gamma": 5})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latent_weights_in_half_precision_are_refused(dtype):
+    """1 - 0.001 rounds to 1 in bfloat16: their decay would be lost without a word."""
+    with pytest.raises(ValueError, match="keep them in float32"):
+        optim.LatentSGD(weights_of(start((3,)), dtype), lr=0.1)
+
+
+def test_without_zeros_nothing_random_is_drawn():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    make("CascadedEMA", weights_of(start((30,))))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_shared_weight_is_scaled_once():
+    first, second = layers.BinaryLinear(3, 3), layers.BinaryLinear(3, 3)
+    second.weight = first.weight
+    groups = optim.glorot_scaled_groups(nn.Sequential(first, second), 0.1, 1)
+    assert [len(group["params"]) for group in groups] == [1, 0]
 
 
 def test_negative_decay_makes_latent_weights_explode():

@@ -704,3 +704,23 @@ def test_require_binary_up_to_a_scale():
 def test_require_binary_of_a_real_network():
     with pytest.raises(ValueError, match="no binary layer"):
         probes.require_binary(nn.Linear(2, 2))
+
+
+def test_a_shared_weight_counts_once():
+    first, second = layers.BinaryLinear(4, 4), layers.BinaryLinear(4, 4)
+    second.weight = first.weight
+    probe = probes.FlipRatio()
+    probe.start(nn.Sequential(first, second))
+    assert sum(probe.sizes) == 16
+
+
+def test_a_saved_flip_count_does_not_change_afterwards():
+    layer = layers.BinaryLinear(2, 2)
+    probe = probes.FlipRatio()
+    probe.start(layer)
+    with torch.no_grad():
+        layer.weight.neg_()
+    probe.step()
+    state = probe.state_dict()
+    probe.epoch()
+    assert state["flips"].item() == 4

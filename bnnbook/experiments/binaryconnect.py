@@ -6,19 +6,19 @@ state (MNIST with plain SGD, weights of ±c) for the full scale, the released on
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign, stochastic_sign
+from bnnbook.experiments.runs import check_name, finished
 from bnnbook.layers import SquaredHingeLoss, binary_layers, quantized_by
 from bnnbook.models import binaryconnect_mlp
 from bnnbook.optim import clip_after_step, glorot_scaled_groups
 from bnnbook.probes import FlipRatio, Saturation, latent_histogram, layer_weight, share_above
-from bnnbook.records import Record, encode_array, environment
+from bnnbook.records import Record, encode_array
 
 VARIANTS = {
     "table1": ("sgd", "sgd-scaled", "nesterov", "nesterov-scaled", "adam", "adam-scaled"),
@@ -209,12 +209,9 @@ def clipping(variant: str = "clipped", *, seed: int = 0, scale: str = "small",
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return the recipe at a scale, shortened to ``epochs``; unknown names list the known ones."""
-    if variant not in VARIANTS[experiment]:
-        known = ", ".join(VARIANTS[experiment])
-        raise ValueError(f"unknown variant {variant!r} of {experiment}; known: {known}")
-    if scale not in RECIPES[experiment]:
-        known = ", ".join(RECIPES[experiment])
-        raise ValueError(f"unknown scale {scale!r} for binaryconnect.{experiment}; known: {known}")
+    name = f"binaryconnect.{experiment}"
+    check_name("variant", variant, VARIANTS[experiment], name)
+    check_name("scale", scale, RECIPES[experiment], name)
     recipe = RECIPES[experiment][scale]
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
@@ -282,19 +279,10 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
         arrays["first_layer_density"] = encode_array(latent_histogram(weight)[0].numpy())
     if seed == 0 and experiment == "table2":
         arrays["features"] = encode_array(features(weight, fitted.dataset).numpy())
-    seconds = sum(row["seconds"] for row in fitted.history.rows)
-    paper = RECIPES[experiment][scale].epochs
-    words = "of" if fitted.recipe.epochs < paper else "epochs instead of"
-    shortened = f"{fitted.recipe.epochs} {words} {paper} epochs"
-    return Record(
-        experiment=f"binaryconnect.{experiment}", variant=variant, seed=seed, scale=scale,
-        recipe=asdict(fitted.recipe) | fitted.settings, history=fitted.history.rows,
-        metrics=metrics, arrays=arrays,
-        shortened=shortened if fitted.recipe.epochs != paper else None,
-        dataset=fitted.dataset.name, dataset_sha256=fitted.dataset.sha256,
-        environment=environment(weight.device),
-        seconds=round(seconds, 1),
-        started=(datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="minutes"),
+    return finished(
+        f"binaryconnect.{experiment}", variant, seed, scale, recipe=fitted.recipe,
+        planned=RECIPES[experiment][scale].epochs, history=fitted.history.rows,
+        dataset=fitted.dataset, metrics=metrics, arrays=arrays, settings=fitted.settings,
     )  # fmt: skip
 
 

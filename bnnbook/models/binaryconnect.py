@@ -7,6 +7,7 @@ from torch import nn
 
 from bnnbook.binarize import ste_sign, stochastic_sign
 from bnnbook.layers import BinaryConv2d, BinaryLinear
+from bnnbook.models._arguments import check_counts
 
 # How a layer gets from its trained weight to the weight it multiplies with.
 QUANTIZERS = {
@@ -54,6 +55,7 @@ def binaryconnect_mlp(in_features: int = 784, hidden: Sequence[int] = (1024, 102
     >>> sum(layer.weight.numel() for layer in net if isinstance(layer, nn.Linear))
     2910208
     """
+    check_counts(in_features=in_features, hidden=tuple(hidden), classes=classes)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in zip((in_features, *hidden), hidden, strict=False):
         layers += [_linear(inputs, outputs, weights), nn.BatchNorm1d(outputs, eps=1e-4), nn.ReLU()]
@@ -75,6 +77,10 @@ def binaryconnect_cnn(classes: int = 10, *, widths: Sequence[int] = (128, 256, 5
     >>> sum(m.weight.numel() for m in net if isinstance(m, (nn.Linear, nn.Conv2d)))
     14022016
     """
+    check_counts(classes=classes, widths=tuple(widths), hidden=hidden, in_channels=in_channels)
+    if image_size < 2 ** len(widths):
+        raise ValueError(f"image_size must be at least {2 ** len(widths)} for {len(widths)} "
+                         f"poolings, not {image_size}")  # fmt: skip
     layers: list[nn.Module] = []
     channels = in_channels
     for width in widths:

@@ -200,7 +200,8 @@ def load_one_expert(model: nn.Module, one: nn.Module) -> None:
     ``model`` and ``one`` are `expertnet` networks that differ in ``experts`` alone; ``one`` has 1.
     All else is copied as well; the gates, which ``one`` does not have, keep their start. Right
     after, all experts agree, so both networks compute the same. Raises ValueError for networks
-    that differ in more. (Section 4.1, second step.)
+    that differ in more, RuntimeError for latent weights where ``model`` has ±1. (Section 4.1,
+    second step.)
     """
     gates = ".conv.gate."
     state = {name: value for name, value in model.state_dict().items() if gates not in name}
@@ -210,5 +211,6 @@ def load_one_expert(model: nn.Module, one: nn.Module) -> None:
     ]
     if differ:
         raise ValueError(f"the networks differ in more than their experts: {', '.join(differ)}")
-    for name, value in state.items():
-        value.copy_(alone[name])  # an expert's weight has one more dimension: all get the same
+    # an expert's weight has one more dimension: all get the same
+    copied = {name: alone[name].expand_as(value) for name, value in state.items()}
+    model.load_state_dict({**model.state_dict(), **copied})

@@ -2,13 +2,14 @@
 
 import math
 
-from torch import Tensor, nn, no_grad, zeros
+from torch import Tensor, linspace, nn, no_grad, random, zeros
 from torch.func import functional_call
 
-from bnnbook.binarize import real_weight
+from bnnbook.binarize import stochastic_sign
 from bnnbook.layers import BinaryLayer
 
 REAL_BITS = 32
+MOST_LEVELS = 2**8  # a quantizer that returns more different values counts as real
 COUNTS = ("parameters", "bits", "macs", "bops")
 
 
@@ -21,15 +22,16 @@ def summary(model: nn.Module, input_shape):
 
     - kind: its class;
     - output: the shape of its output for one input, None if it was not used;
-    - parameters: how many it has itself (batch normalisation's statistics are none);
+    - parameters: how many it has itself (batch normalisation's statistics are none); one that two
+      layers share counts for the first;
     - bits: to store them, 1 for a binary weight, 32 for a real parameter;
     - macs: multiply-accumulates with a real weight or a real input. BinaryConnect's layers count
       here: their binary weights turn multiplications into additions, but of real numbers;
     - bops: multiply-accumulates of a binary weight and a binary input, which XNOR and popcount do.
 
     Only convolutions and linear layers count operations, padding included; of several experts one
-    fires, but all are stored. A latent weight counts as binary; a layer whose quantizer is
-    `real_weight` counts as real, one whose quantizers have ``bits`` of more than 1 has macs.
+    fires, but all are stored. A latent weight has the bits of what its quantizer returns: 1 for
+    two values, 32 for more than 256. Only with 1 bit on both sides there are bops.
 
     The model runs once on shapes alone (torch's meta device) and in evaluation mode, so neither
     its weights, statistics and mode nor any random numbers change; forward hooks of its modules
@@ -44,10 +46,11 @@ def summary(model: nn.Module, input_shape):
     import pandas
 
     outputs = _output_shapes(model, _checked(input_shape))
-    rows = [_row(name or type(module).__name__, module, outputs.get(module, []))
+    counted: set[int] = set()
+    rows = [_row(name or type(module).__name__, module, outputs.get(module, []), counted)
             for name, module in model.named_modules() if _is_layer(module, outputs)]  # fmt: skip
     total = {count: sum(row[count] for row in rows) for count in COUNTS}
-    rows.append(_row("total", model, outputs.get(model, [])) | total)
+    rows.append(_row("total", model, outputs.get(model, []), set()) | total)
     return pandas.DataFrame(rows).set_index("name")
 
 
@@ -95,12 +98,17 @@ def _is_layer(module: nn.Module, outputs: dict) -> bool:
     return module in outputs and not parts and not isinstance(module, nn.Identity)
 
 
-def _row(name: str, module: nn.Module, outputs: list) -> dict:
-    """Return the row of a module that put out tensors of these shapes."""
-    parameters = sum(p.numel() for p in module.parameters(recurse=False))
+def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict:
+    """Return the row of a module that put out tensors of these shapes.
+
+    ``counted``: the parameters of other rows, which this one may share and does not count again.
+    """
+    own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+    counted.update(map(id, own))
+    parameters = sum(p.numel() for p in own)
     macs = _products(module) * sum(shape.numel() for shape in outputs)
     binary = isinstance(module, BinaryLayer)
-    weights = module.weight.numel() if binary else 0
+    weights = module.weight.numel() if binary and any(p is module.weight for p in own) else 0
     weight_bits = _bits(module.weight_quantizer, unquantized=1) if binary else REAL_BITS
     input_bits = _bits(module.input_quantizer, unquantized=REAL_BITS) if binary else REAL_BITS
     bops = macs if weight_bits == input_bits == 1 else 0
@@ -128,6 +136,9 @@ def _bits(quantizer, unquantized: int) -> int:
     """Return the bits of what a quantizer returns; ``unquantized`` where there is none."""
     if quantizer is None:
         return unquantized
-    if quantizer is real_weight:
-        return REAL_BITS
-    return getattr(quantizer, "keywords", {}).get("bits", 1)
+    if getattr(quantizer, "func", quantizer) is stochastic_sign:
+        return 1  # known, and its generator is not ours to draw from
+    with no_grad(), random.fork_rng(devices=[]):
+        quantized = quantizer(linspace(-2, 2, 4096).expand(2, -1))  # (out, in), as weights are
+    levels = len(quantized[0].unique())
+    return max(1, math.ceil(math.log2(levels))) if levels <= MOST_LEVELS else REAL_BITS
