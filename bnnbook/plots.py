@@ -128,3 +128,24 @@ def errors(frame, paper: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     ax.set(yticks=range(len(variants)), yticklabels=variants, xlabel="test error (%)")
     ax.invert_yaxis()
     return ax
+
+
+def z_plane(b: np.ndarray, a: np.ndarray, ax: Axes) -> Axes:
+    """Draw the poles (crosses) and zeros (circles) of a filter (b, a) in the complex plane.
+
+    b and a hold the coefficients of :math:`1, z^{-1}, z^{-2}, \\dots`, as `filters` returns them.
+    A pole inside the grey unit circle decays, one off the real axis rings. A number beside a zero
+    says how often it is there.
+    """
+    size = max(len(a), len(b))
+    turn = np.linspace(0, 2 * np.pi, 200)
+    ax.plot(np.cos(turn), np.sin(turn), color="#999999", lw=1)
+    zeros, poles = (np.roots(np.pad(each, (0, size - len(each)))) for each in (b, a))
+    for zero in np.unique(zeros.round(9)):
+        ax.plot(zero.real, zero.imag, "o", ms=8, mfc="none", color="C0")
+        if (count := int(np.isclose(zeros, zero).sum())) > 1:
+            ax.annotate(str(count), (zero.real, zero.imag), (6, 6), textcoords="offset points")
+    ax.plot(poles.real, poles.imag, "x", ms=8, mew=2, color="C1")
+    ax.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xticks=(-1, 0, 1),
+           yticks=(-1, 0, 1))  # fmt: skip
+    return ax

@@ -1,13 +1,15 @@
 """The records that ship with the library: of runs that happened, and that the code can repeat."""
 
+import json
 from dataclasses import asdict
 
 import pytest
 
 from bnnbook import experiments, records
-from bnnbook.experiments.binaryconnect import Recipe
 
 SHIPPED = list(records.read_all())
+# What the variants of an experiment change in its recipe.
+VARIED = {"alexnet.figure1": {"options", "lr"}}
 IDS = [f"{r.experiment}-{r.variant}-{r.seed}" for r in SHIPPED]
 
 
@@ -27,7 +29,8 @@ def test_a_record_says_what_was_run_and_where(record):
     assert record.environment["commit"]
     assert record.environment["dirty"] is False
     assert record.environment["device"]
-    assert len(record.history) == record.recipe["epochs"]
+    if record.experiment != "alexnet.figure1":  # which stops at its target, once for each rate
+        assert len(record.history) == record.recipe["epochs"]
     assert record.seconds > 0
 
 
@@ -35,11 +38,11 @@ def test_a_record_says_what_was_run_and_where(record):
 def test_a_record_follows_todays_recipe_but_for_its_declared_shortening(record):
     _, variants, recipes = experiments.find(record.experiment)
     assert record.variant in variants
-    today = asdict(recipes["full"])
-    today["hidden"] = list(today["hidden"])
-    known = {k: v for k, v in record.recipe.items() if k in Recipe.__dataclass_fields__}
+    today = json.loads(json.dumps(asdict(recipes["full"])))  # tuples are lists in a record
+    known = {k: v for k, v in record.recipe.items() if k in today}
     changed = {k for k, v in known.items() if today[k] != v}
-    assert changed <= {"epochs"}
+    assert changed - VARIED.get(record.experiment, set()) <= {"epochs"}
+    changed &= {"epochs"}
     assert (record.shortened is None) == (not changed)
     if changed:
         assert record.shortened == f"{known['epochs']} of {today['epochs']} epochs"
@@ -47,6 +50,8 @@ def test_a_record_follows_todays_recipe_but_for_its_declared_shortening(record):
 
 @pytest.mark.parametrize("record", SHIPPED, ids=IDS)
 def test_the_metrics_follow_from_the_history(record):
+    if "validation_accuracy" not in record.history[-1]:
+        pytest.skip("nothing was held out: no epoch is chosen")
     best = max(record.history, key=lambda row: (row["validation_accuracy"], row["epoch"]))
     assert record.metrics["best_epoch"] == best["epoch"]
     assert record.metrics["test_error"] == pytest.approx(1 - best["test_accuracy"], abs=1e-6)

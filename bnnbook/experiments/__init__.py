@@ -3,9 +3,9 @@
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
-from bnnbook.experiments import alexnet, binaryconnect
+from bnnbook.experiments import alexnet, binaryconnect, helwegen2019, quist2023
 
-PAPERS = (alexnet, binaryconnect)
+PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023)
 
 
 def names() -> list[str]:

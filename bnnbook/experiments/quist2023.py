@@ -1,0 +1,401 @@
+"""Gradient filters (Quist, Li, van Gemert, ICLR 2023), one function per comparison of the paper.
+
+The body of the paper could not be read and its CIFAR-10 code is not released. What is compared
+follows a published review of the paper; where no comment names a source, a recipe's numbers are
+this book's own choice. No accuracy of the paper is known.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from bnnbook import data, filters, probes, training
+from bnnbook.binarize import approx_sign, magnitude_aware_sign, sign, ste_sign
+from bnnbook.experiments.runs import check_name, finished
+from bnnbook.layers import BinaryLinear, binary_layers
+from bnnbook.models import birealnet20
+from bnnbook.optim import CascadedEMA, LatentSGD, split_parameters
+from bnnbook.records import Record, encode_array
+
+TINY = 2.0**-60  # latent weights that start so small are a zero with a random sign
+START_STEPS = 200  # whose flip ratios a record keeps one by one
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one training run, complete."""
+
+    dataset: str
+    network: str  # one of `NETWORKS`
+    epochs: int
+    alpha: float  # of the first step
+    gamma: float = 0.1
+    decay: str = "none"  # of alpha, one of `DECAYS`, step by step
+    optimizer: str = "filter"  # CascadedEMA; for latent weights "latent" or "torch", both SGD
+    latent_lr: float = 1.0  # epsilon of latent weights; their weight decay follows from alpha
+    start: float = 0.0  # latent weights begin at U(-start, start); 0: at 0 with a random sign
+    clip: float | None = None  # bound of the latent weights
+    quantizer: str = "sign"  # of the latent weights, one of `QUANTIZERS`
+    batch_size: int = 50
+    real_lr: float = 0.1  # of all other parameters: SGD, momentum 0.9, falling as a cosine
+    real_weight_decay: float = 0.0  # of them, batch normalisation left out
+    augment: bool = False  # crops after padding by 4, and flips
+    norm_images: int = 10_000  # batch-norm statistics are renewed from so many training images
+
+
+SMALL = Recipe("digits", "perceptron", 16, alpha=0.01)
+# Batch, rates and cosine of the real parameters are recalled from the paper and unverified.
+FULL = Recipe("cifar10", "birealnet20", 150, alpha=1e-3, batch_size=256, real_weight_decay=1e-4,
+              augment=True)  # fmt: skip
+
+# How alpha falls: a factor, of the progress u from 0 to 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "none": lambda u: 1.0,
+    "linear": lambda u: 1 - u,  # the released ImageNet code, there an epoch at a time
+    "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2,  # the CIFAR-10 study, says the review
+    "step": lambda u: 0.1 ** sum((u >= 0.5, u >= 0.75)),
+    "exponential": lambda u: 1e-3**u,
+}
+
+
+def forward_scaled_sign(w: Tensor) -> Tensor:
+    r"""Binarise to :math:`\kappa_c \operatorname{sign}(w)` and pass the gradient unchanged.
+
+    :math:`\kappa_c` is the mean of :math:`|w|` over output channel c of w (out, ...). Other than
+    `magnitude_aware_sign` it is left out of the backward pass: so do the PyTorch code of Bi-Real
+    Net and the latent mode of Quist et al.'s released code.
+    """
+    return w + (magnitude_aware_sign(w, None) - w).detach()
+
+
+QUANTIZERS = {"sign": partial(ste_sign, clip_value=None), "scaled": forward_scaled_sign}
+
+
+def perceptron(weight_quantizer, hidden: int = 128) -> nn.Sequential:
+    """Return the small network, 64-hidden-hidden-10: all weights and hidden activations binary.
+
+    Batch normalisation follows every layer; its scales and shifts are the only real parameters.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, units in pairwise([64, hidden, hidden, 10]):
+        quantizer = approx_sign if len(layers) > 1 else None
+        layers.append(BinaryLinear(inputs, units, weight_quantizer=weight_quantizer,
+                                   input_quantizer=quantizer))  # fmt: skip
+        layers.append(nn.BatchNorm1d(units))
+    return nn.Sequential(*layers)
+
+
+NETWORKS = {
+    "perceptron": perceptron,
+    "birealnet20": lambda quantizer: birealnet20(weight_quantizer=quantizer),
+}
+
+
+# --- What varies -------------------------------------------------------------------------------
+
+
+def _order(recipe: Recipe) -> dict[str, dict]:
+    """Return the second-order filter and two first-order ones that match it in one respect."""
+    rates = recipe.alpha, recipe.gamma
+    same = {
+        "second": {},
+        "first-same-noise": {"alpha": filters.same_noise_alpha(rates), "gamma": 1.0},
+        "first-same-flips": {"alpha": filters.same_flip_rate_alpha(rates), "gamma": 1.0},
+    }
+    return {f"{name}-{decay}": changes | {"decay": decay}
+            for name, changes in same.items() for decay in ("none", "cosine")}  # fmt: skip
+
+
+def _scale_invariance(recipe: Recipe) -> dict[str, dict]:
+    """Return the grid: clipping and scaling on or off, learning rate, start of latent weights."""
+    modes = {"plain": {}, "clipped": {"clip": 1.0}, "scaled": {"quantizer": "scaled"},
+             "clipped-scaled": {"clip": 1.0, "quantizer": "scaled"}}  # fmt: skip
+    return {
+        f"{mode}-lr{lr:g}-start{start:g}": changes
+        | {"optimizer": "latent", "latent_lr": lr, "start": start}
+        for mode, changes in modes.items()
+        for lr in (1 / 64, 1.0, 64.0, 4096.0)
+        for start in (0.0, 1.0)
+        if start or "scaled" not in mode  # all zero, the scale would be 0 as well
+    }
+
+
+# What each variant changes in the recipe of its experiment, as a function of that recipe; the
+# experiments that tell most come first.
+CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
+    "latent_parity": lambda recipe: {
+        name: {"optimizer": name} for name in ("filter", "latent", "torch")
+    },
+    "order": _order,
+    "alpha_decay": lambda recipe: {decay: {"decay": decay} for decay in DECAYS},
+    "alpha_sweep": lambda recipe: {
+        f"{alpha:g}-{decay}": {"alpha": alpha, "decay": decay}
+        for decay in ("none", "cosine")
+        for alpha in (0.1, 0.01, 0.001, 0.0001, 0.00001)
+    },
+    "spectra": lambda recipe: {"second": {}, "first": {"gamma": 1.0}},
+    "scale_invariance": _scale_invariance,
+}
+BASE: dict[str, dict] = {
+    "alpha_decay": {"small": replace(SMALL, alpha=0.1), "full": replace(FULL, alpha=0.01)},
+    "latent_parity": {
+        "small": replace(SMALL, decay="cosine"), "full": replace(FULL, decay="cosine")
+    },
+}  # fmt: skip
+RECIPES = {name: BASE.get(name, {"small": SMALL, "full": FULL}) for name in CHANGES}
+VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
+
+
+def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None,
+                alpha: float | None = None) -> Recipe:  # fmt: skip
+    """Return a variant's recipe at a scale; unknown names list the known ones.
+
+    ``epochs`` and ``alpha`` replace the recipe's, the latter before the variant's changes.
+    """
+    name = f"quist2023.{experiment}"
+    check_name("variant", variant, VARIANTS[experiment], name)
+    check_name("scale", scale, RECIPES[experiment], name)
+    recipe = RECIPES[experiment][scale]
+    recipe = recipe if alpha is None else replace(recipe, alpha=alpha)
+    recipe = replace(recipe, **CHANGES[experiment](recipe)[variant])
+    return recipe if epochs is None else replace(recipe, epochs=epochs)
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+class EachStep:
+    """A schedule that moves on after every step of its optimizer, not after an epoch.
+
+    ``factor`` is a function of the progress, from 0 before the first of so many ``steps`` towards
+    1. `training.train` only saves and restores it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable, steps: int):
+        self.scheduler = LambdaLR(optimizer, lambda step: factor(min(1.0, step / steps)))
+        optimizer.register_step_post_hook(lambda *_: self.scheduler.step())
+
+    def step(self) -> None:
+        """Do nothing at the end of an epoch."""
+
+    def state_dict(self) -> dict:
+        """Return the scheduler's state."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state."""
+        self.scheduler.load_state_dict(state)
+
+
+@dataclass
+class Fit:
+    """A trained network with what was measured on the way."""
+
+    model: nn.Module
+    history: training.History
+    dataset: data.Dataset
+    preprocess: Callable[[Tensor], Tensor]
+    recipe: Recipe
+    flips: probes.FlipRatio
+    samples: Sequence[probes.GradientSample]
+
+    @property
+    def error(self) -> float:
+        """The test error with the running statistics of batch normalisation."""
+        return 1 - self.history.rows[-1]["test_accuracy"]
+
+    def renewed_error(self) -> float:
+        """Return the test error with batch-norm statistics collected for the final weights."""
+        images = self.dataset.train_images[: self.recipe.norm_images]
+        network = training.reestimate_batchnorm(copy.deepcopy(self.model), images,
+                                                preprocess=self.preprocess)  # fmt: skip
+        test = self.dataset.test_images, self.dataset.test_labels
+        return 1 - training.evaluate(network, *test, preprocess=self.preprocess)
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """Return the recipe's network; the same seed gives the same signs, latent or binary."""
+    latent = recipe.optimizer != "filter"
+    model = NETWORKS[recipe.network](QUANTIZERS[recipe.quantizer] if latent else None)
+    with torch.no_grad():
+        for layer in binary_layers(model):
+            layer.weight.uniform_(-1, 1)
+            if latent:
+                start = recipe.start * layer.weight if recipe.start else TINY * sign(layer.weight)
+                layer.weight.copy_(start)
+    return model
+
+
+def binary_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimizer of the binary weights; all three are the filter (alpha, gamma).
+
+    torch's SGD is so for an alpha that does not change, with the settings `sgd_rates` inverts.
+    """
+    alpha, gamma, lr = recipe.alpha, recipe.gamma, recipe.latent_lr
+    if recipe.optimizer == "filter":
+        return CascadedEMA(weights, alpha, gamma)
+    if recipe.optimizer == "latent":
+        return LatentSGD(weights, lr, gamma, weight_decay=alpha / lr, clip=recipe.clip)
+    if recipe.optimizer == "torch":
+        momentum = (1 - alpha) * (1 - gamma)
+        return torch.optim.SGD(weights, lr, momentum, weight_decay=alpha * gamma / lr)
+    raise ValueError(f"unknown optimizer {recipe.optimizer!r}; known: filter, latent, torch")
+
+
+def real_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return SGD of the real parameters, with weight decay on all but one-dimensional ones."""
+    _, real = split_parameters(model)
+    groups = [
+        {"params": [p for p in real if p.dim() > 1], "weight_decay": recipe.real_weight_decay},
+        {"params": [p for p in real if p.dim() <= 1]},
+    ]
+    return torch.optim.SGD([g for g in groups if g["params"]], recipe.real_lr, momentum=0.9)
+
+
+def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
+        progress: bool | None = None, samples: Sequence[probes.GradientSample] = (),
+        ) -> Fit:  # fmt: skip
+    """Train the recipe's network; ``samples`` record gradients on the way."""
+    device = training.choose_device(device)
+    dataset = data.load(recipe.dataset).to(device)
+    preprocess = data.standardize(dataset)
+    # drawn on the CPU: the same start on every device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = build_model(recipe).to(device)
+        binary = binary_optimizer(split_parameters(model)[0], recipe)  # which draws signs of 0
+    real = real_optimizer(model, recipe)
+    steps = recipe.epochs * (len(dataset.train_images) // recipe.batch_size)
+    flips = probes.FlipRatio(per_layer=recipe.network != "perceptron", per_step=True)
+    history = training.train(
+        model, dataset, [binary, real], epochs=recipe.epochs, batch_size=recipe.batch_size,
+        augment=data.crop_flip(padding=4) if recipe.augment else None, preprocess=preprocess,
+        schedulers=[EachStep(binary, DECAYS[recipe.decay], steps),
+                    EachStep(real, DECAYS["cosine"], steps)],
+        probes=[flips, *samples], seed=seed, device=device, checkpoint=checkpoint,
+        progress=progress,
+    )  # fmt: skip
+    return Fit(model, history, dataset, preprocess, recipe, flips, samples)
+
+
+# --- One function per comparison ---------------------------------------------------------------
+
+
+def alpha_sweep(variant: str = "0.01-none", *, seed: int = 0, scale: str = "small",
+                epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run one alpha, held or decayed by a cosine: accuracy and flip ratio over alpha.
+
+    ``epochs`` shortens the recipe; ``run`` is device, checkpoint, progress of `fit`.
+    """
+    return _run("alpha_sweep", variant, seed, scale, epochs, **run)
+
+
+def alpha_decay(variant: str = "cosine", *, seed: int = 0, scale: str = "small",
+                epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run one schedule of alpha, `DECAYS`; the review names cosine and none as the paper's.
+
+    ``epochs`` and ``run`` as in `alpha_sweep`.
+    """
+    return _run("alpha_decay", variant, seed, scale, epochs, **run)
+
+
+def order(variant: str = "second-none", *, seed: int = 0, scale: str = "small",
+          epochs: int | None = None, alpha: float | None = None, **run) -> Record:  # fmt: skip
+    """Run the second-order filter, or the first-order one of the same noise gain or flip rate.
+
+    ``alpha`` is that of the second-order filter, by default the recipe's; ``epochs`` and ``run``
+    as in `alpha_sweep`.
+    """
+    return _run("order", variant, seed, scale, epochs, alpha, **run)
+
+
+def latent_parity(variant: str = "filter", *, seed: int = 0, scale: str = "small",
+                  epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run the filter on ±1 weights, the same with latent weights, or with torch's own SGD.
+
+    ``epochs`` and ``run`` as in `alpha_sweep`.
+    """
+    return _run("latent_parity", variant, seed, scale, epochs, **run)
+
+
+def scale_invariance(variant: str = "plain-lr1-start0", *, seed: int = 0, scale: str = "small",
+                     epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run latent weights of one learning rate and start, clipped and scaled or not, alpha fixed.
+
+    ``epochs`` and ``run`` as in `alpha_sweep`.
+    """
+    return _run("scale_invariance", variant, seed, scale, epochs, **run)
+
+
+def spectra(variant: str = "second", *, seed: int = 0, scale: str = "small",
+            epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Record gradients at the start, in the middle and at the end of a run: are they noise?
+
+    Metrics and arrays are those of `gradient_statistics`. ``epochs`` and ``run`` as in
+    `alpha_sweep`.
+    """
+    recipe = find_recipe("spectra", variant, scale, epochs)
+    images = len(data.load(recipe.dataset).train_images)
+    steps = recipe.epochs * (images // recipe.batch_size)
+    length = min(4096, max(2, steps // 3))
+    samples = [probes.GradientSample(256, length, after=phase * (steps - length) // 2)
+               for phase in range(3)]  # fmt: skip
+    fitted = fit(recipe, seed=seed, samples=samples, **run)
+    metrics, arrays = {}, {}
+    for phase, sample in zip(("start", "middle", "end"), samples, strict=True):
+        numbers, power = gradient_statistics(np.hstack(list(sample.gradients().values())))
+        metrics |= {f"{name}, {phase}": value for name, value in numbers.items()}
+        arrays[f"power, {phase}"] = encode_array(power)
+    return make_record("spectra", variant, seed, scale, fitted, metrics, arrays)
+
+
+def gradient_statistics(gradients: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """Return medians over the weights of gradients (steps, weights), and their power spectrum.
+
+    "snr" and "autocorrelation" are those of `signal_to_noise` and `lag_one_autocorrelation`, the
+    power that of `power_spectrum`, float32.
+    """
+    numbers = {"snr": probes.signal_to_noise(gradients),
+               "autocorrelation": probes.lag_one_autocorrelation(gradients)}  # fmt: skip
+    _, power = probes.power_spectrum(gradients, min(256, len(gradients)))
+    medians = {name: float(np.nanmedian(values)) for name, values in numbers.items()}
+    return medians, power.astype(np.float32)
+
+
+def _run(experiment, variant, seed, scale, epochs, alpha=None, **run) -> Record:
+    fitted = fit(find_recipe(experiment, variant, scale, epochs, alpha), seed=seed, **run)
+    return make_record(experiment, variant, seed, scale, fitted)
+
+
+def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit,
+                metrics: dict | None = None, arrays: dict | None = None) -> Record:  # fmt: skip
+    """Return a finished run's record: the last epoch's error, flip ratios, history.
+
+    "flip_ratio" is the mean over all epochs but the first, whose beginning is the start's.
+    """
+    rows, flips = fitted.history.rows, fitted.flips.history()
+    if flips.dim() == 2:  # one column a layer: pool them by their sizes
+        sizes = torch.tensor(fitted.flips.sizes, dtype=flips.dtype)
+        flips = flips @ sizes / sizes.sum()
+    metrics = {
+        "test_error": fitted.error,
+        "renewed_test_error": fitted.renewed_error(),
+        "train_loss": rows[-1]["train_loss"],
+        "flip_ratio": float(np.mean([row["flip_ratio"] for row in rows[1:] or rows])),
+        "last_flip_ratio": rows[-1]["flip_ratio"],
+        **(metrics or {}),
+    }
+    beginning = encode_array(flips[:START_STEPS].float().numpy())
+    return finished(
+        f"quist2023.{experiment}", variant, seed, scale, recipe=fitted.recipe,
+        planned=RECIPES[experiment][scale].epochs, history=rows, dataset=fitted.dataset,
+        metrics=metrics, arrays={"start_flips": beginning, **(arrays or {})},
+    )  # fmt: skip
