@@ -87,7 +87,8 @@ def poles(rates: Rates) -> NDArray:
     return 1 - _checked(rates)
 
 
-def filter_gradients(rates: Rates, gradients: ArrayLike, axis: int = 0) -> NDArray:
+def filter_gradients(rates: Rates, gradients: ArrayLike,
+                     axis: int = 0) -> NDArray:  # fmt: skip
     r"""Return the filtered gradients :math:`g_i` of the gradients :math:`\nabla_i`, from g = 0 on.
 
     ``gradients`` has the steps along ``axis`` and any other axes, for instance one for weights;

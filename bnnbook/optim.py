@@ -26,7 +26,7 @@ from bnnbook.layers import binary_layers, clip_latent_weights
 Tensors = list[Tensor]
 
 
-def decayed_sum(sums: Tensors, terms: Tensors, decay: float | Tensor, scale) -> None:
+def decayed_sum(sums: Tensors, terms: Tensors, decay, scale) -> None:
     r"""Update in place :math:`x \leftarrow (1 - d)\,x + c\,u`, which all three rules consist of.
 
     x = ``sums`` and u = ``terms`` are lists of tensors, d = ``decay`` and c = ``scale`` numbers or
@@ -40,7 +40,7 @@ def decayed_sum(sums: Tensors, terms: Tensors, decay: float | Tensor, scale) -> 
     torch._foreach_add_(sums, torch._foreach_mul(terms, scale))
 
 
-def flip_where(weights: Tensors, filtered: Tensors, threshold: float | Tensor) -> None:
+def flip_where(weights: Tensors, filtered: Tensors, threshold) -> None:
     r"""Flip in place the weights with :math:`\theta\,g > \tau`; equality flips nothing.
 
     :math:`\theta` = ``weights`` (±1), g = ``filtered`` gradients, :math:`\tau` = ``threshold``.
@@ -54,7 +54,7 @@ def flip_where(weights: Tensors, filtered: Tensors, threshold: float | Tensor) -
     torch._foreach_sub_(flips, threshold)
     torch._foreach_sign_(flips)
     torch._foreach_clamp_min_(flips, 0)  # 1 where a weight flips, else 0
-    flips = [flip.to(weight.dtype) for flip, weight in zip(flips, weights, strict=True)]
+    flips = [f.to(w.dtype) for f, w in zip(flips, weights, strict=True)]
     torch._foreach_addcmul_(weights, weights, flips, value=-2)
 
 
@@ -218,7 +218,7 @@ class CascadedEMA(FlipOptimizer):
         super().__init__(params, {"alpha": alpha, "gamma": gamma, "fused": fused})
 
     @staticmethod
-    def update(weights: Tensors, gradients: Tensors, buffers, gamma, alpha) -> None:
+    def update(weights, gradients, buffers, gamma, alpha) -> None:
         """Do one step of the rule on lists of tensors."""
         m, g = buffers
         decayed_sum(m, gradients, gamma, gamma)
@@ -279,7 +279,7 @@ class Bop(FlipOptimizer):
         super().__init__(params, {"gamma": gamma, "threshold": threshold, "fused": fused})
 
     @staticmethod
-    def update(weights: Tensors, gradients: Tensors, buffers, gamma, threshold) -> None:
+    def update(weights, gradients, buffers, gamma, threshold) -> None:
         """Do one step of the rule on lists of tensors."""
         (m,) = buffers
         decayed_sum(m, gradients, gamma, gamma)
@@ -352,7 +352,7 @@ class LatentSGD(FlipOptimizer):
         super().__init__(params, {**defaults, "fused": fused})
 
     @staticmethod
-    def update(weights: Tensors, gradients: Tensors, buffers, gamma, decay, lr, *clip) -> None:
+    def update(weights, gradients, buffers, gamma, decay, lr, *clip) -> None:
         """Do one step of the rule on lists of tensors; decay is lr times weight_decay."""
         m = buffers[0] if buffers else gradients
         if buffers:

@@ -6,17 +6,16 @@ photographs that scikit-learn carries. What the paper does not say is from the a
 source where a comment says so; the rest is ours.
 """
 
-import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bnnbook import data, models, training
-from bnnbook.records import Record, encode_array, environment
+from bnnbook.experiments.runs import check_name, finished
+from bnnbook.records import Record, encode_array
 
 # What a variant changes in its experiment's recipe: options of the network.
 CHANGES = {
@@ -210,8 +209,10 @@ def kernels(variant: str = "two-towers", *, seed: int = 0, scale: str = "small",
         recipe = replace(recipe, dataset=dataset)
     fitted = fit(recipe, seed=seed, **run)
     weight = fitted.model.conv1.weight.detach()
-    metrics = {f"colourfulness, tower {i}": colourfulness(half).mean().item()
-               for i, half in enumerate(weight.chunk(fitted.recipe.options["towers"]), 1)}  # fmt: skip
+    towers = enumerate(weight.chunk(fitted.recipe.options["towers"]), 1)
+    metrics = {
+        f"colourfulness, tower {i}": colourfulness(half).mean().item() for i, half in towers
+    }
     record = make_record("kernels", variant, seed, scale, fitted, metrics)
     record.arrays["kernels"] = encode_array(as_images(weight))
     return record
@@ -224,13 +225,10 @@ def plain(experiment, variant, seed, scale, epochs, run) -> Record:
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
-    """Return a variant's recipe at a scale, shortened to ``epochs``; unknown names list the known."""
-    if variant not in CHANGES[experiment]:
-        known = ", ".join(CHANGES[experiment])
-        raise ValueError(f"unknown variant {variant!r} of {experiment}; known: {known}")
-    if scale not in RECIPES[experiment]:
-        known = ", ".join(RECIPES[experiment])
-        raise ValueError(f"unknown scale {scale!r} for alexnet.{experiment}; known: {known}")
+    """Return a variant's recipe at a scale; unknown names list the known ones."""
+    name = f"alexnet.{experiment}"
+    check_name("variant", variant, CHANGES[experiment], name)
+    check_name("scale", scale, RECIPES[experiment], name)
     recipe = RECIPES[experiment][scale]
     recipe = replace(recipe, options=recipe.options | CHANGES[experiment][variant])
     return recipe if epochs is None else replace(recipe, epochs=epochs)
@@ -257,7 +255,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
 
 def prepare(recipe: Recipe, seed: int, device: torch.device):
     """Return the recipe's data set, its network as it starts, and what scales its images."""
-    dataset = load(recipe, device)
+    dataset = load_images(recipe, device)
     channels, size = dataset.train_images.shape[1:3]
     # drawn on the CPU: the same start on every device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -274,7 +272,7 @@ def prepare(recipe: Recipe, seed: int, device: torch.device):
     return dataset, model.to(device), preprocess
 
 
-def load(recipe: Recipe, device: torch.device) -> data.Dataset:
+def load_images(recipe: Recipe, device: torch.device) -> data.Dataset:
     """Return the recipe's data set on the device, shortened as it says."""
     own = recipe.dataset == PHOTOGRAPHS
     dataset = photographs() if own else data.load(recipe.dataset)
@@ -343,7 +341,7 @@ def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: to
                 folder, progress: bool | None, leader=()) -> Fit | None:  # fmt: skip
     """Train epoch by epoch until an epoch's training error is at most the target, or the limit.
 
-    ``leader``: the errors of a faster run; lagging behind it after `PATIENCE` epochs ends this one.
+    ``leader``: the errors of a faster run; lagging behind it after `PATIENCE` epochs ends this.
     Each epoch is a run of `training.train` with a checkpoint of its own in the folder. Returns
     None for a run that diverged.
     """
@@ -353,7 +351,7 @@ def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: to
     few = replace(dataset, test_images=dataset.test_images[:1000],
                   test_labels=dataset.test_labels[:1000])  # fmt: skip
     history = training.History()
-    for epoch in itertools.count():
+    for epoch in range(limit):
         try:
             one = training.train(
                 model, few, optimizer, epochs=1, batch_size=recipe.batch_size, device=device,
@@ -365,8 +363,9 @@ def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: to
         history.rows.append(one.rows[0] | {"epoch": epoch + 1})
         error = 1 - one.rows[0]["train_accuracy"]
         lags = PATIENCE <= epoch + 1 <= len(leader) and error > leader[epoch]
-        if error <= target or lags or epoch + 1 == limit:
-            return Fit(model, history, dataset, preprocess, recipe)
+        if error <= target or lags:
+            break
+    return Fit(model, history, dataset, preprocess, recipe)
 
 
 # --- What is recorded --------------------------------------------------------------------------
@@ -383,17 +382,9 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
         "train_error": 1 - training.evaluate(fitted.model, *train, preprocess=fitted.preprocess),
         **metrics,
     }
-    device = next(fitted.model.parameters()).device
-    seconds = sum(row["seconds"] for row in rows)
-    ours, full = fitted.recipe.epochs, RECIPES[experiment][scale].epochs
-    return Record(
-        experiment=f"alexnet.{experiment}", variant=variant, seed=seed, scale=scale,
-        recipe=asdict(fitted.recipe) | {"precision": training.precision(device)},
-        history=rows, metrics=metrics,
-        shortened=f"{ours} of {full} epochs" if ours != full else None,
-        dataset=dataset.name, dataset_sha256=dataset.sha256, environment=environment(device),
-        seconds=round(seconds, 1),
-        started=(datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="minutes"),
+    return finished(
+        f"alexnet.{experiment}", variant, seed, scale, recipe=fitted.recipe, history=rows,
+        planned=RECIPES[experiment][scale].epochs, dataset=dataset, metrics=metrics,
     )  # fmt: skip
 
 
@@ -413,7 +404,7 @@ def colourfulness(kernels: Tensor) -> Tensor:
 
 
 def as_images(kernels: Tensor) -> Tensor:
-    """Return kernels (n, 3, H, W) as uint8 images (n, H, W, 3), each stretched to its own range."""
+    """Return kernels (n, 3, H, W) as uint8 images (n, H, W, 3), each stretched."""
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     stretched = (kernels - low) / (high - low).clamp_min(1e-12) * 255
     return stretched.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
