@@ -138,8 +138,9 @@ def test_list_shows_experiments_variants_scales_and_records(tmp_path):
         assert f"variants: {', '.join(variants)}\n" in block
         assert f"scales: {', '.join(recipes)}\n" in block
         assert ("records: none" in block) == (name != NAME)
-    assert "clipped seed 3 (small)" in blocks[-1]
-    assert "clipped seed 4 (1 of 15 epochs)" in blocks[-1]
+    block = blocks[experiments.names().index(NAME)]
+    assert "clipped seed 3 (small)" in block
+    assert "clipped seed 4 (1 of 15 epochs)" in block
     elsewhere = invoke("list", "--results", other).stdout
     assert "adam seed 7 (full)" in elsewhere
     assert "clipped seed 3" not in elsewhere

@@ -16,7 +16,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from bnnbook import plots
+from bnnbook import filters, plots
 from bnnbook.binarize import hard_sigmoid, real_weight, ste_sign, stochastic_sign
 from bnnbook.experiments.binaryconnect import PAPER, VARIANTS
 
@@ -85,6 +85,7 @@ def drawn(name):
         "features": (plots.features, stacks()),
         "learning_rates": (plots.learning_rates, rates_frame()),
         "errors": (plots.errors, errors_frame(), PAPER["table2 mnist"]),
+        "z_plane": (plots.z_plane, *filters.ema_cascade(0.2, 0.5)),
     }
     function, *arguments = calls[name]
     given = axes if name in ("weight_histogram", "features") else axes[0]
@@ -309,3 +310,12 @@ def test_plots_imports_nothing_that_trains():
     imported += [n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     roots = {name.partition(".")[0] for name in imported}
     assert roots == {"collections", "pathlib", "matplotlib", "numpy", "torch"}
+
+
+def test_the_z_plane_shows_poles_and_how_often_a_zero_is_there(ax):
+    plots.z_plane(*filters.ema_cascade(0.2, 0.5), ax)
+    crosses = [line for line in ax.lines if line.get_marker() == "x"]
+    (circle,) = (line for line in ax.lines if line.get_marker() == "o")
+    assert sorted(xy(crosses[0])[0]) == pytest.approx([0.5, 0.8])
+    assert xy(circle) == (0, 0)
+    assert [text.get_text() for text in ax.texts] == ["2"]
