@@ -12,7 +12,7 @@ import torch
 from bnnbook import records, training
 
 FOLDER = Path(__file__).parent
-NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers")
+NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers", "packing")
 
 
 def measured(name: str, device: torch.device, repeats: int) -> list[dict]:

@@ -1,11 +1,7 @@
 """The command line: ``bnnbook list · run · record · data``."""
 
 import os
-import shutil
-import signal
 import sys
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +11,6 @@ app = typer.Typer(
     help="Run the book's experiments, and look after their records and data sets.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-
-RECORD_SEEDS = (0, 1, 2)
 
 Data = Annotated[
     Path | None,
@@ -58,7 +52,7 @@ def run(
 
     Records of small-scale runs go to the folder of --runs, unless another one is named.
     """
-    from bnnbook import experiments, records
+    from bnnbook import experiments, recording, records
 
     _use_data(data)
     _, variants, recipes = experiments.find(experiment)
@@ -72,44 +66,90 @@ def run(
             if there and not overwrite:
                 typer.echo(f"{there} is there already; --overwrite replaces it")
                 continue
-            _run_one(experiment, name, number, scale, epochs, device, results, runs)
+            _run_one(recording.Job(experiment, name, number, scale, epochs), device, results, runs)
 
 
 @app.command()
 def record(
     minutes: Annotated[float, typer.Option(help="Stop in time; a later call continues.")] = 60,
+    only: Annotated[list[str] | None, typer.Option(help="An experiment; repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable; default 0, 1, 2.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Shorten the recipes; recorded.")] = None,
+    scale: Annotated[str, typer.Option(help="full, or small to try it out.")] = "full",
+    jobs: Annotated[int, typer.Option(help="Runs at once, each a process of its own.")] = 1,
     device: Device = "auto",
+    show: Annotated[bool, typer.Option("--list", help="Show what there is; run nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write records here, not to --results.")] = None,
+    take: Annotated[
+        Path | None, typer.Option("--import", help="Check this folder's records, take them over.")
+    ] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Between two checkpoints.")] = 1,
     data: Data = None,
     results: Results = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Run the full-scale runs that are not recorded yet, or only in a shortened form."""
-    from bnnbook import experiments
+    """Run what is not recorded yet, or only shortened: the most valuable first, in time.
+
+    Unfinished runs keep a checkpoint in the folder of --runs, and the same command continues them
+    to the same numbers. A run that fails does not stop the others.
+    """
+    from bnnbook import recording
 
     _use_data(data)
-    missing = [
-        (name, variant, number)
-        for name in experiments.names()
-        for number in RECORD_SEEDS
-        for variant in experiments.find(name)[1]
-        if "full" in experiments.find(name)[2] and not _is_recorded(name, variant, number, results)
-    ]
-    failed = []
-    with _interrupt_after(60 * minutes) as timer:
-        for run_ in missing:
-            try:
-                _run_one(*run_, "full", None, device, results, runs)
-            except ArithmeticError as error:  # one run that diverges does not stop the others
-                typer.echo(f"failed: {error}", err=True)
-                failed.append(run_)
-            except typer.Exit:
-                if not timer.finished.is_set():
-                    raise
-                typer.echo("the time is up; the same command continues")
-                return
-    if failed:
+    if take is not None:
+        typer.echo("\n".join(recording.merge(take, results)))
+        return
+    if scale == "small" and (out or results) is None and not os.environ.get("BNNBOOK_RESULTS"):
+        results = runs  # as `run` does
+    folders = [results] if out is None else [results, out]
+    wanted = recording.all_jobs(scale, only or (), seed or recording.SEEDS, epochs)
+    if show:
+        _show_states(wanted, folders, runs, device)
+        return
+    missing = [job for job in wanted if not recording.state(job, folders, runs).is_done]
+    outcome = recording.work_through(
+        missing, seconds=60 * minutes, at_once=jobs, device=device, results=out or results,
+        runs=runs, measured=_measured(device, folders), checkpoint_minutes=checkpoint_minutes,
+        say=typer.echo,
+    )  # fmt: skip
+    _report(outcome)
+
+
+def _report(outcome) -> None:
+    """Say what is left and what failed; exit with 1 after a failure, with 130 after Ctrl-C."""
+    for job, text in outcome.failed.items():
+        typer.echo(f"\n{job} failed:\n{text.rstrip()}", err=True)
+    left = len(outcome.stopped) + len(outcome.waiting)
+    typer.echo(f"{len(outcome.done)} recorded, {len(outcome.failed)} failed, {left} to do"
+               f"{': the same command continues' if left else ''}")  # fmt: skip
+    if outcome.interrupted:
+        raise typer.Exit(130)
+    if outcome.failed:
         raise typer.Exit(1)
-    typer.echo("all full-scale runs are recorded")
+
+
+def _measured(device: str, folders) -> dict:
+    from bnnbook import recording, records, training
+
+    name = records.device_name(training.choose_device(device))
+    return recording.seconds_an_epoch(name, folders)
+
+
+def _show_states(wanted, folders, runs: Path, device: str) -> None:
+    """Print a line for each variant: its seeds' states, and the minutes of a run."""
+    from bnnbook import recording, records, training
+
+    measured = _measured(device, folders)
+    name = records.device_name(training.choose_device(device))
+    typer.echo(f"minutes a run on {name}; – where none like it was recorded there")
+    lines: dict[tuple, list] = {}
+    for job in wanted:
+        lines.setdefault((job.experiment, job.variant), []).append(job)
+    for (experiment, variant), jobs in lines.items():
+        seconds = recording.estimate(jobs[0], measured)
+        words = [f"{job.seed}: {recording.state(job, folders, runs).words}" for job in jobs]
+        minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
+        typer.echo(f"{minutes:>7}  {f'{experiment} {variant}':<46}  {', '.join(words)}")
 
 
 @app.command("data")
@@ -130,29 +170,21 @@ def show_data(
     typer.echo(f"{loaded}\nsha256 {loaded.sha256}")
 
 
-def _run_one(experiment, variant, seed, scale, epochs, device, results, runs: Path) -> None:
-    from bnnbook import experiments, records
+def _run_one(job, device, results, runs: Path) -> None:
+    """Run a job in this process, and say how it goes."""
+    from bnnbook import recording
 
-    function, _, _ = experiments.find(experiment)
-    # The number of epochs sets how fast the learning rate falls: another number is another run.
-    length = "" if epochs is None else f"-{epochs}epochs"
-    checkpoint = runs / f"{experiment}-{variant}-{scale}{length}-seed{seed}.pt"
     runs.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had is an error right away
-    what = f"{experiment} {variant} seed {seed} ({scale} scale)"
+    checkpoint = job.checkpoint(runs)
+    what = f"{job} ({job.scale} scale)"
     typer.echo(f"{what}{' continues' if checkpoint.exists() else ''} ...")
     try:
-        done = function(variant, seed=seed, scale=scale, epochs=epochs, device=device,
-                        checkpoint=checkpoint)  # fmt: skip
+        done, path = recording.run(job, device=device, results=results, runs=runs)
     except KeyboardInterrupt:
         where = f"{checkpoint} holds the run, the same command continues it"
         typer.echo(f"stopped; {where if checkpoint.exists() else 'nothing was saved'}", err=True)
         raise typer.Exit(130) from None
-    path = records.save(done, results, overwrite=True)
-    if checkpoint.is_dir():  # an experiment of several trainings keeps one for each
-        shutil.rmtree(checkpoint)
-    checkpoint.unlink(missing_ok=True)
-    typer.echo(f"{what}: test error {100 * done.metrics['test_error']:.2f} %, "
-               f"{done.seconds:.0f} s on {done.environment['device']} -> {path}")  # fmt: skip
+    typer.echo(recording.in_words(job, done, path))
 
 
 def _check_known(what: str, names, known) -> None:
@@ -161,28 +193,9 @@ def _check_known(what: str, names, known) -> None:
             raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
-def _is_recorded(experiment: str, variant: str, seed: int, results: Path | None) -> bool:
-    from bnnbook import records
-
-    path = records.find(experiment, variant, seed, results)
-    return path is not None and records.read(path).shortened is None
-
-
 def _use_data(folder: Path | None) -> None:
     if folder is not None:
         os.environ["BNNBOOK_DATA"] = str(folder)
-
-
-@contextmanager
-def _interrupt_after(seconds: float):
-    """Send this process a Ctrl-C after so many seconds: the run in progress saves and stops."""
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield timer
-    finally:
-        timer.cancel()
 
 
 def main() -> None:

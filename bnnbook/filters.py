@@ -491,6 +491,28 @@ def decaying_cascade(gradients: ArrayLike, alphas: Sequence[float], gamma: float
     return filtered
 
 
+def freeze_point(alphas: Sequence[float]) -> int:
+    r"""Return the first step from which the decaying rates that are left sum to at most 1.
+
+    .. math:: \min\Big\{ t : \sum_{i \ge t} \alpha_i \le 1 \Big\}
+
+    Before it g forgets as it goes, and flips follow `flip_rate` of the current alpha; from it on
+    g no longer forgets what it holds, and the flips die out sooner than the law says. The share of
+    T steps that follow it is :math:`\sqrt{2/(\alpha_0 T)}` when alpha falls linearly to 0 and
+    about :math:`(12/(\pi^2\alpha_0 T))^{1/3}` along a cosine; for an alpha held constant it is the
+    last :math:`1/\alpha` steps. Returns 0 if all ``alphas`` together sum to less. Raises
+    ValueError unless there is at least one rate and all are from 0 to 1.
+
+    >>> freeze_point([0.5, 0.5, 0.5, 0.25, 0.25])
+    2
+    """
+    rates = np.asarray(alphas, dtype=float)
+    if rates.ndim != 1 or not len(rates) or not ((rates >= 0) & (rates <= 1)).all():
+        raise ValueError("need a sequence of rates, each from 0 to 1")
+    left = np.cumsum(rates[::-1])[::-1]
+    return int(np.searchsorted(-left, -1.0))
+
+
 def decaying_direct_form(alphas: Sequence[float], gamma: float) -> list[tuple[NDArray, NDArray]]:
     r"""Return the (b, a) of each step, in g and the gradient alone, under :math:`\alpha`-decay.
 

@@ -4,7 +4,7 @@ Three kinds of weight, three words: a *latent* weight is real and only its sign 
 weight is exactly -1 or +1, a *real* weight is an ordinary parameter.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -213,14 +213,18 @@ class ExpertBinaryConv2d(BinaryConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, out_channels, H', W') for x of shape (N, in_channels, H, W)."""
-        scores, experts = self._scores(x), self.binary_weight().flatten(1)
-        weight = _WinnerTakesAll.apply(scores, experts, self.temperature)
+        scores = self._scores(x)
+        weight = self._chosen(scores, self.binary_weight().flatten(1))
         # one grouped convolution for all samples: they stand side by side, as channels of one
         x = self.quantized_input(x).flatten(0, 1)[None]
         weight = weight.view(-1, *self.weight.shape[2:])
         bias = None if self.bias is None else self.bias.repeat(len(scores))
         y = self._convolve(x, weight, bias, self.groups * len(scores))
         return y.reshape(len(scores), self.out_channels, *y.shape[2:])
+
+    def _chosen(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """Return each sample's kernel, (N, numbers in a kernel); here the gate learns."""
+        return _WinnerTakesAll.apply(scores, experts, self.temperature)
 
     def binary_weight(self) -> Tensor:
         """Return the binary weights of all experts, in the shape of ``weight``."""
@@ -449,3 +453,109 @@ class SquaredHingeLoss(nn.Module):
         margin = outputs.neg().scatter(1, targets[:, None], outputs.gather(1, targets[:, None]))
         loss = F.relu(1 - margin).square()
         return loss.mean() if self.reduction == "mean" else loss.sum(1).mean()
+
+
+def attention_map(features: Tensor) -> Tensor:
+    r"""Return where a feature map is active: :math:`Q / \lVert Q \rVert_2`, (N, H · W), float32.
+
+    :math:`Q_p = \sum_c A_{c,p}^2` sums over the channels of A = ``features`` (N, C, H, W) at each
+    position p. A positive factor on A drops out; a map of zeros stays zero.
+
+    Source: Real-to-Binary (Martinez et al., ICLR 2020). larq divides by the maximum instead.
+
+    >>> attention_map(torch.tensor([[[[3.0, 0.0]], [[0.0, 4.0]]]])).round(decimals=3)
+    tensor([[0.4900, 0.8720]])
+    """
+    if features.dim() != 4:
+        raise ValueError(f"features must be (N, C, H, W), not {tuple(features.shape)}")
+    energy = features.float().square().sum(1).flatten(1)
+    return F.normalize(energy, dim=1)
+
+
+def attention_matching(students: Iterable[Tensor], teachers: Iterable[Tensor]) -> Tensor:
+    r"""Return the distance of two networks' attention maps, summed over the places compared.
+
+    .. math::
+
+        L_{att} = \sum_j \Big\lVert \frac{Q_S^j}{\lVert Q_S^j \rVert_2} -
+        \frac{Q_T^j}{\lVert Q_T^j \rVert_2} \Big\rVert_2
+
+    with the `attention_map` of the student's and the teacher's features at each place j; the mean
+    over the N samples. Features are (N, C, H, W); the numbers of channels may differ. No gradient
+    goes to the teacher. Lists of different lengths, and maps of different sizes, raise ValueError.
+
+    Source: Real-to-Binary (Martinez et al., ICLR 2020); the places are the ends of blocks. That
+    the norm is not squared and the samples are averaged is our reading.
+    """
+    distances = []
+    for student, teacher in zip(students, teachers, strict=True):
+        ours, theirs = attention_map(student), attention_map(teacher.detach())
+        if ours.shape != theirs.shape:
+            raise ValueError(f"features of {tuple(student.shape)} and {tuple(teacher.shape)} have "
+                             "maps of different sizes")  # fmt: skip
+        distances.append(torch.linalg.vector_norm(ours - theirs, dim=1).mean())
+    if not distances:
+        raise ValueError("there are no features to compare")
+    return torch.stack(distances).sum()
+
+
+def bipolar_penalty(weights: Iterable[Tensor], strength: float) -> Tensor:
+    r"""Return :math:`\lambda \sum_i (1 - w_i^2)`, which is least where all weights are ±1.
+
+    :math:`\lambda` = ``strength``, not negative; all ``weights`` are taken together. Its gradient
+    is :math:`-2 \lambda w`, that of weight decay with a negative rate: without clipping to
+    [-1, 1] every weight but 0 runs away. No weights raise ValueError.
+
+    Source: Tang, Hua, Wang, AAAI 2017, through notes on the paper; its value of :math:`\lambda`
+    is not known to us.
+
+    >>> bipolar_penalty([torch.tensor([0.5, -1.0])], 0.25)
+    tensor(0.1875)
+    """
+    if strength < 0:
+        raise ValueError(f"strength must not be negative, not {strength!r}")
+    parts = [(1 - weight.square()).sum() for weight in weights]
+    if not parts:
+        raise ValueError("there are no weights to regularise")
+    return strength * torch.stack(parts).sum()
+
+
+class ElasticLink(nn.Module):
+    r"""Add a convolution's real input to its output: :math:`z = y + \gamma\, s(x)`.
+
+    x (N, in_channels, H, W) is what the binary convolution's sign was taken of and y
+    (N, out_channels, H, W) what came out. :math:`\gamma` = ``balance`` is one learned number. s
+    has no parameters: the identity for equal numbers of channels; to expand, copies of x side by
+    side; to squeeze, the mean over groups of neighbouring channels. Numbers of which neither
+    divides the other, and sizes that differ, raise ValueError.
+
+    Source: the idea of Hu et al. (AAAI 2022), from its abstract: the input, a learned balance,
+    squeeze and expand. Their formulas could not be read; that :math:`\gamma` is one number that
+    starts at 1, and what s does to the channels, is ours.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        least, most = sorted((in_channels, out_channels))
+        if least < 1 or most % least:
+            raise ValueError("one of the numbers of channels must divide the other, "
+                             f"not {in_channels} and {out_channels}")  # fmt: skip
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.balance = nn.Parameter(torch.ones(()))
+
+    def matched(self, x: Tensor) -> Tensor:
+        """Return x with out_channels channels, s(x)."""
+        if self.in_channels <= self.out_channels:
+            return x.repeat(1, self.out_channels // self.in_channels, 1, 1)
+        return x.unflatten(1, (self.out_channels, -1)).mean(2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output y with the link from the input x."""
+        if x.shape[2:] != y.shape[2:]:
+            raise ValueError(f"input and output must have the same height and width, not "
+                             f"{tuple(x.shape[2:])} and {tuple(y.shape[2:])}")  # fmt: skip
+        return y + self.balance.to(y.dtype) * self.matched(x)
+
+    def extra_repr(self) -> str:
+        """Name the numbers of channels in what torch prints."""
+        return f"{self.in_channels}, {self.out_channels}"

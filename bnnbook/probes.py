@@ -567,3 +567,16 @@ def layer_weight(model: nn.Module, index: int = 0) -> Tensor:
     """Return the trained weight of the index-th linear or convolutional layer, detached."""
     kinds = (BinaryLayer, nn.Linear, nn.Conv2d)
     return [m for m in model.modules() if isinstance(m, kinds)][index].weight.detach()
+
+
+def channel_magnitudes(weight: Tensor) -> Tensor:
+    r"""Return the mean :math:`|w|` of each output channel of a weight (out, ...), detached.
+
+    Liu et al. (ICML 2021, figures 4 and 5) call it the channel-wise absolute mean; the standard
+    deviation over the channels is their SDAM. It says how fairly the channels were trained: one
+    whose weights hardly ever get a gradient stays where it began.
+
+    >>> channel_magnitudes(torch.tensor([[1.0, -3.0], [0.0, 0.5]]))
+    tensor([2.0000, 0.2500])
+    """
+    return weight.detach().float().flatten(1).abs().mean(1)

@@ -8,6 +8,7 @@ A record lies at ``root/EXPERIMENT/VARIANT-seedK.json`` when the run was at full
 import base64
 import binascii
 import functools
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # 2 brought the checksum
 SCALES = ("small", "full")
 PACKAGE = Path(__file__).resolve().parent
 DTYPES = {"uint8": "|u1", "float32": "<f4"}
@@ -30,7 +31,7 @@ RUN_COLUMNS = [*RUN_KEYS, "shortened", "dataset", "device", "seconds", "commit"]
 
 
 class RecordError(RuntimeError):
-    """A record cannot be written, or its file is damaged."""
+    """A record cannot be written, or its file is damaged or was changed by hand."""
 
 
 class _NewerFormatError(ValueError):
@@ -46,6 +47,7 @@ class Record:
     ``arrays`` what ``encode_array`` made of small arrays; ``environment`` is what
     ``environment()`` returns. ``seconds`` is wall time and ``started`` a UTC time in ISO 8601.
     Values are plain JSON values; a number that is not finite is refused when the record is saved.
+    The file has one key more, ``checksum``: the SHA-256 of all others.
     """
 
     format: int = FORMAT
@@ -148,7 +150,12 @@ def environment(device=None) -> dict[str, Any]:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that the library lies in, and whether it was changed."""
+    """Return the commit of the checkout that the library lies in, and whether it was changed.
+
+    Whoever runs an unchanged copy without git's folder says which one by BNNBOOK_COMMIT.
+    """
+    if named := os.environ.get("BNNBOOK_COMMIT"):
+        return named, False
     # An installed copy may lie in another project's checkout: it counts only if git tracks it.
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None, None
@@ -220,22 +227,27 @@ def save(
     text = _dumps(record)
     if path.exists() and not overwrite:
         raise RecordError(f"{path} exists: pass overwrite=True to replace it")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomically(path, text)
     except OSError as error:
         raise RecordError(
             f"cannot write {path}: {error}; name another folder by root= or BNNBOOK_RESULTS"
         ) from error
     return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file; whoever reads it, and whenever, finds the old one or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _dumps(record: Record) -> str:
@@ -250,9 +262,16 @@ def _dumps(record: Record) -> str:
             lines.append(f'"{key}": {{\n{rows}\n}}')
         else:
             lines.append(f'"{key}": {_compact(value)}')
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    _parse(text)  # what cannot be read back is never written
+    total = checksum(json.loads("{" + ",".join(lines) + "}"))
+    text = "{\n" + ",\n".join([*lines, f'"checksum": "{total}"']) + "\n}\n"
+    parse(text)  # what cannot be read back is never written
     return text
+
+
+def checksum(value: dict[str, Any]) -> str:
+    """Return the SHA-256 of a record's keys and values, whatever their order and layout."""
+    others = {key: part for key, part in value.items() if key != "checksum"}
+    return hashlib.sha256(_compact(others).encode()).hexdigest()
 
 
 def _compact(value: Any) -> str:
@@ -300,7 +319,7 @@ def read(path: str | os.PathLike) -> Record:
     """
     path = Path(path)
     try:
-        return _parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except _NewerFormatError as error:  # not damaged: it stays where it is
         raise RecordError(f"{path}: {error}; install the newest bnnbook") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
@@ -319,8 +338,8 @@ def _move_aside(path: Path) -> str:
     return f"moved aside to {aside}"
 
 
-def _parse(text: str) -> Record:
-    """Return the record in ``text``; ValueError says what is wrong with it."""
+def parse(text: str) -> Record:
+    """Return the record in the text of a file; a ValueError says what is wrong with it."""
     value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
@@ -329,13 +348,17 @@ def _parse(text: str) -> Record:
     if value.get("format") != FORMAT:
         raise ValueError(f"its format is {value.get('format')!r}, this version reads {FORMAT}")
     names = [f.name for f in fields(Record)]
+    written = value.pop("checksum", None)
     for what, wrong in (("misses", set(names) - set(value)), ("has", set(value) - set(names))):
         if wrong:
             raise ValueError(f"it {what} the {'un' * (what == 'has')}known keys {sorted(wrong)}")
     for name in names:
         _check_type(name, value[name])
     record_path(value["experiment"], value["variant"], value["seed"], value["scale"])
-    return Record(**value | {"history": _rows(value["history"])})
+    rows = _rows(value["history"])
+    if written != checksum(value):
+        raise ValueError("its checksum does not fit: it was changed after it was written")
+    return Record(**value | {"history": rows})
 
 
 def _finite(text: str) -> float:

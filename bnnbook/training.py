@@ -25,6 +25,7 @@ from bnnbook.data import Dataset, unit_range
 CHECK_EVERY = 64  # steps between two looks at the losses; on an accelerator each look waits for it
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # beside the progress bar
 CHECKPOINT_FORMAT = 1
+CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is told otherwise
 # What torch.load raises for a file that is cut short or none of its own.
 DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
           ValueError)  # fmt: skip
@@ -168,7 +169,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
           preprocess: Callable = unit_range, schedulers: Iterable = (), probes: Sequence = (),
           test_model: Callable[[nn.Module], nn.Module] | None = None, evaluate_every: int = 1,
           seed: int = 0, device=None, autocast: bool = True, compile: bool = False,
-          checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float = 5.0,
+          checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float | None = None,
           progress: bool | None = None) -> History:  # fmt: skip
     """Train the model in place and return its `History`, one row an epoch.
 
@@ -186,11 +187,14 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     compile: use torch.compile.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators); it is written every
-    ``checkpoint_minutes``, at the end, and on Ctrl-C after the step in progress.
+    ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on Ctrl-C after the
+    step in progress.
     progress: a bar; by default only on a terminal and on Colab.
 
     Raises NonFiniteLossError, CheckpointError, and ValueError for arguments that make no sense.
     """
+    if checkpoint_minutes is None:
+        checkpoint_minutes = CHECKPOINT_MINUTES
     run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
                augment=augment, preprocess=preprocess, schedulers=tuple(schedulers),
                probes=tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,

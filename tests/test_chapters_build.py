@@ -1,6 +1,8 @@
 """The pipeline from a chapter's text to its notebook, on a toy book with a toy library."""
 
+import base64
 import errno
+import io
 import os
 import shutil
 import signal
@@ -10,8 +12,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from tools import build, chapters, execution
 
@@ -395,3 +399,24 @@ def test_streams_are_joined_however_they_arrived():
     pieces = [nbformat.v4.new_output("stream", name="stdout", text=text) for text in "ab"]
     other = nbformat.v4.new_output("stream", name="stderr", text="c")
     assert [o.text for o in chapters._merged([*pieces, other])] == ["ab", "c"]
+
+
+def test_figures_are_stored_with_few_colours_that_look_the_same():
+    noise = np.random.default_rng(0).integers(0, 25, (120, 120, 4))  # a photograph's, say
+    pixels = (np.linspace(0, 230, 120)[:, None, None] + noise).astype(np.uint8)
+    pixels[..., 3] = 255
+    file = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(file, "png")
+    encoded = base64.b64encode(file.getvalue()).decode()
+    small = chapters._with_palette(encoded)
+    stored = Image.open(io.BytesIO(base64.b64decode(small)))
+    assert stored.mode == "P"
+    assert len(small) < len(encoded)
+    apart = np.asarray(stored.convert("RGB"), float) - pixels[..., :3]
+    assert np.abs(apart).mean() < 6  # of 255, with nearly 14 400 colours
+    assert chapters._with_palette(small) == small
+    smooth = io.BytesIO()
+    ramp = np.stack(np.broadcast_arrays(np.arange(120), np.arange(120)[:, None], 128), -1)
+    Image.fromarray(ramp.astype(np.uint8)).save(smooth, "png")
+    encoded = base64.b64encode(smooth.getvalue()).decode()
+    assert chapters._with_palette(encoded) == encoded  # which a palette would make larger

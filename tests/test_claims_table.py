@@ -52,15 +52,36 @@ def test_both_tables_are_written_between_their_markers(book):
     assert run(book) == 0
     readme, page = book / "README.md", book / "book" / "what-holds.md"
     chapter = "[Chapter B](https://example.org/book/notebooks/b.html)"
-    assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | not reproduced |"
+    assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | cpu | not reproduced |"
     chapter = "[Chapter A](../notebooks/a.ipynb)"
     badge = '<span class="verdict reproduced">reproduced</span>'
     expected = f"| {chapter} | a.one holds | p | x | 1 | — | small | cpu | {badge} |"
     assert rows(page)[2] == expected
     for path in (readme, page):
         text = path.read_text(encoding="utf-8")
-        assert text.startswith("# Page\n\nbefore\n\n<!-- claims:begin -->\n\n| Chapter")
+        assert text.startswith("# Page\n\nbefore\n\n<!-- claims:begin -->\n\n")
         assert text.endswith("|\n\n<!-- claims:end -->\n\nafter\n")
+
+
+def test_the_front_page_shows_the_headlines_and_counts_all(book):
+    (book / "pyproject.toml").write_text(
+        f'{PYPROJECT}\n[tool.bnnbook]\nheadlines = ["a.one", "b.two"]\n', encoding="utf-8"
+    )
+    assert run(book) == 0
+    text = (book / "README.md").read_text(encoding="utf-8")
+    assert [row.split(" | ")[1] for row in rows(book / "README.md")] == [
+        "b.two holds", "a.one holds",
+    ]  # fmt: skip
+    assert "3 claims: 2 reproduced; 1 not reproduced.\n" in text
+    assert len(rows(book / "book" / "what-holds.md")) == 3
+
+
+def test_a_headline_that_no_chapter_claims_is_an_error(book, capsys):
+    (book / "pyproject.toml").write_text(
+        f'{PYPROJECT}\n[tool.bnnbook]\nheadlines = ["a.one", "a.gone"]\n', encoding="utf-8"
+    )
+    assert run(book) == 1
+    assert "no chapter claims 'a.gone'" in capsys.readouterr().err
 
 
 def test_check_fails_until_the_tables_are_up_to_date(book, capsys):

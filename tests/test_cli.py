@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bnnbook import cli, data, experiments, records
+from bnnbook import cli, data, experiments, recording, records
 from bnnbook.experiments import binaryconnect
 
 NAME = "binaryconnect.clipping"
@@ -88,6 +87,7 @@ class Toy:
         found = {"toy.table": (self.run, ("a", "b"), recipes),
                  "toy.other": (self.run, ("never",), {"small": None})}  # fmt: skip
         monkeypatch.setattr(experiments, "names", lambda: list(found))
+        monkeypatch.setattr(experiments, "PRIORITY", tuple(found))
         monkeypatch.setattr(experiments, "find", found.__getitem__)
 
     def run(self, variant, *, checkpoint, **options):
@@ -333,51 +333,107 @@ def test_data_digits_prints_its_sha256():
 # --- Record ------------------------------------------------------------------------------------
 
 
-def test_record_runs_what_is_missing_or_shortened(toy):
+@pytest.fixture
+def worked(monkeypatch):
+    """Note what `recording.work_through` is called with; all jobs are done, it answers."""
+    calls = []
+
+    def work_through(jobs, **options):
+        calls.append({"jobs": [(j.variant, j.seed) for j in jobs], **options})
+        return recording.Outcome(done=list(jobs))
+
+    monkeypatch.setattr(recording, "work_through", work_through)
+    return calls
+
+
+def test_record_runs_what_is_missing_or_shortened(toy, worked):
     records.save(toy_record("a", 0, shortened="30 of 1000 epochs"))
     records.save(toy_record("b", 0))
     records.save(toy_record("b", 1, scale="small"))
-    assert "all full-scale runs are recorded" in invoke("record", "--minutes", 5).stdout
-    assert toy.called() == [("a", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-    assert {each["scale"] for each in toy.calls} == {"full"}
-    assert {each["epochs"] for each in toy.calls} == {None}
-    assert records.read(records.find("toy.table", "a", 0)).shortened is None
-    toy.calls.clear()
+    assert "5 recorded, 0 failed, 0 to do" in invoke("record", "--minutes", 5).stdout
+    assert worked[0]["jobs"] == [("a", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert worked[0]["seconds"] == 300
+    assert worked[0]["at_once"] == 1
+    for variant, seed in worked[0]["jobs"]:
+        records.save(toy_record(variant, seed), overwrite=True)
     invoke("record", "--minutes", 5)
-    assert toy.calls == []
+    assert worked[1]["jobs"] == []
 
 
-def test_record_stops_in_time_and_a_later_call_continues(toy):
-    def work():
-        if len(toy.calls) == 3:
-            time.sleep(60)
-
-    toy.then = work
-    began = time.monotonic()
-    result = invoke("record", "--minutes", 1 / 60)
-    assert time.monotonic() - began < 30
-    assert "all full-scale runs" not in result.stdout
-    assert toy.called() == [("a", 0), ("b", 0), ("a", 1)]
-    assert {(r.variant, r.seed) for r in records.read_all("toy.table")} == {("a", 0), ("b", 0)}
-    toy.then = lambda: None
-    invoke("record", "--minutes", 5)
-    assert toy.called()[3:] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+def test_record_elsewhere_counts_what_is_there_too(toy, worked, tmp_path):
+    records.save(toy_record("a", 0))
+    records.save(toy_record("b", 0), tmp_path / "out")
+    invoke("record", "--seed", 0, "--seed", 1, "--out", tmp_path / "out", "--jobs", 3)
+    assert worked[0]["jobs"] == [("a", 1), ("b", 1)]
+    assert (worked[0]["results"], worked[0]["at_once"]) == (tmp_path / "out", 3)
 
 
-def test_records_that_are_done_in_time_are_not_interrupted_later():
-    try:
-        with cli._interrupt_after(0.2):
-            pass
-        time.sleep(0.4)
-    except KeyboardInterrupt:
-        pytest.fail("interrupted after the end")
+def test_a_small_record_leaves_the_shipped_records_alone(toy, worked, monkeypatch):
+    monkeypatch.delenv("BNNBOOK_RESULTS")
+    invoke("record", "--scale", "small", "--runs", "my")
+    assert worked[0]["results"] == Path("my")
 
 
-def test_a_damaged_record_is_named_and_not_replaced(monkeypatch, capsys, toy):
+def test_what_failed_is_told_at_the_end_with_its_traceback(toy, monkeypatch):
+    jobs = [recording.Job("toy.table", "a", seed) for seed in range(3)]
+    test = recording.Outcome(done=jobs[:1], failed={jobs[1]: "Traceback\nKeyError: 3\n"},
+                             waiting=jobs[2:])  # fmt: skip
+    monkeypatch.setattr(recording, "work_through", lambda jobs, **options: test)
+    result = invoke("record", code=1)
+    assert "toy.table a seed 1 failed:\nTraceback\nKeyError: 3\n" in result.output
+    assert "1 recorded, 1 failed, 1 to do: the same command continues" in result.output
+    test.interrupted = True
+    invoke("record", code=130)
+
+
+def test_record_list_shows_every_state_and_runs_nothing(toy, worked):
+    records.save(toy_record("a", 0, shortened="30 of 1000 epochs"))
+    records.save(toy_record("b", 2))
+    Path("runs").mkdir()
+    Path("runs/toy.table-b-full-seed1.pt").touch()
+    lines = invoke("record", "--list").stdout.splitlines()
+    assert worked == []
+    shown = [" ".join(line.split()) for line in lines[1:]]
+    assert shown == [
+        "– toy.table a 0: 30 of 1000 epochs, 1: missing, 2: missing",
+        "– toy.table b 0: missing, 1: has a checkpoint, 2: recorded",
+    ]
+
+
+def test_record_list_of_the_books_own_experiments():
+    shown = invoke("record", "--list").stdout
+    for name in experiments.names():
+        assert (f" {name} " in shown) == ("full" in experiments.find(name)[2])
+
+
+def test_record_imports_and_says_what(toy, tmp_path):
+    records.save(toy_record("a", 0), tmp_path / "theirs")
+    assert invoke("record", "--import", tmp_path / "theirs").stdout == (
+        "toy.table/a-seed0.json: new\n"
+    )
+    assert records.find("toy.table", "a", 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["record", "--minutes", 0], "the time must be positive"),
+        (["record", "--jobs", 0], "at least one run at a time, not 0"),
+        (["record", "--only", "nothing.here"], "unknown experiment 'nothing.here'; known: "),
+        (["record", "--scale", "huge"], "unknown scale 'huge'; known: small, full"),
+        (["record", "--import", "nowhere"], "no records under nowhere"),
+        (["record", "--epochs", 0], "epochs must be at least 1, not 0"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(monkeypatch, capsys, arguments, words):
+    assert words in refused(monkeypatch, capsys, *arguments)
+
+
+def test_a_damaged_record_is_named_and_not_replaced(monkeypatch, capsys, toy, worked):
     path = records.save(toy_record("a", 0))
     path.write_text("{")
     assert str(path) in refused(monkeypatch, capsys, "record", "--minutes", 5)
-    assert toy.calls == []
+    assert worked == []
     assert path.with_name(path.name + ".corrupt").read_text() == "{"
 
 

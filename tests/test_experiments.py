@@ -73,7 +73,8 @@ def use_tiny(monkeypatch, experiment, **changes):
 
 
 def test_every_name_is_found():
-    ours = ["binaryconnect.table1", "binaryconnect.table2", "binaryconnect.clipping"]
+    ours = [f"binaryconnect.{name}" for name in
+            ("table1", "table2", "table2_cifar10", "table2_svhn", "clipping")]  # fmt: skip
     assert [name for name in experiments.names() if "binaryconnect" in name] == ours
     assert len(set(experiments.names())) == len(experiments.names())
     function, variants, recipes = experiments.find("binaryconnect.table2")
@@ -129,7 +130,7 @@ def test_a_record_is_complete(name, variant):
     assert (record.recipe["epochs"], record.recipe["precision"]) == (1, "float32")
     (row,) = record.history
     assert set(row) == COLUMNS | ({"flip_ratio", "saturation"} if binary else set())
-    modes = MODES if binary and name.endswith("table2") else set()
+    modes = MODES if binary and "table2" in name else set()
     assert set(record.metrics) == METRICS | modes
     assert all(math.isfinite(value) for value in record.metrics.values())
     assert record.metrics["test_error"] == 1 - row["test_accuracy"]
@@ -156,7 +157,8 @@ def test_a_record_is_saved_and_read_back(name, variant, tmp_path):
     for field in ("experiment", "variant", "seed", "scale", "shortened", "dataset_sha256",
                   "metrics", "arrays", "environment", "seconds", "started"):  # fmt: skip
         assert getattr(back, field) == getattr(record, field), field
-    assert back.recipe == record.recipe | {"hidden": list(record.recipe["hidden"])}
+    lists = {name: list(record.recipe[name]) for name in ("hidden", "widths")}
+    assert back.recipe == record.recipe | lists
     for key, value in record.history[0].items():
         assert back.history[0][key] == pytest.approx(value, rel=1e-5), key
 
@@ -332,6 +334,197 @@ def test_an_epoch_is_tested_the_papers_way(weights, quantizer):
     some = fitted(weights)
     last = some.history.rows[-1]
     assert 1 - last["test_accuracy"] == binaryconnect.error(some, some.tested_with(quantizer))
+
+
+# --- Table 1 at full scale ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_table1(monkeypatch):
+    """Put a tiny recipe in place of table 1's full one."""
+    recipe = replace(TINY, epochs=2, evaluate_every=5)
+    monkeypatch.setitem(binaryconnect.RECIPES, "table1", {"small": TINY, "full": recipe})
+    monkeypatch.setattr(binaryconnect, "TRIAL_EPOCHS", 1)
+    monkeypatch.setattr(binaryconnect, "RATES", (1e-5, 0.01, 0.1))
+
+
+def test_full_table1_runs_at_the_rate_that_validates_best(full_table1):
+    record = binaryconnect.table1("adam-scaled", scale="full", device="cpu")
+    trials = {}
+    for rate in binaryconnect.RATES:
+        recipe = replace(TINY, epochs=1, lr_start=rate, lr_end=rate / 1000)
+        row = binaryconnect.fit(recipe, "deterministic", device="cpu").history.rows[-1]
+        trials[rate] = 1 - row["validation_accuracy"]
+        assert record.metrics[f"validation error, trial at {rate:g}"] == trials[rate]
+    best = min(trials, key=trials.get)
+    assert trials[best] < trials[1e-5]
+    assert (record.recipe["lr_start"], record.recipe["lr_end"]) == (best, best / 1000)
+    assert (len(record.history), record.shortened) == (2, None)
+    given = binaryconnect.table1("adam-scaled", scale="full", lr=best, device="cpu")
+    assert without_time(given) == without_time(record)
+    assert not any("trial" in name for name in given.metrics)
+
+
+def test_a_rate_that_diverges_loses(full_table1, monkeypatch):
+    fit = binaryconnect.fit
+
+    def diverging(recipe, *args, **options):
+        if recipe.lr_start != 0.01:
+            raise training.NonFiniteLossError("the loss is nan")
+        return fit(recipe, *args, **options)
+
+    monkeypatch.setattr(binaryconnect, "fit", diverging)
+    metrics = binaryconnect.table1("sgd", scale="full", device="cpu").metrics
+    trials = [metrics[f"validation error, trial at {rate:g}"] for rate in (1e-5, 0.01, 0.1)]
+    assert trials[0] == trials[2] == 1.0
+    assert trials[1] < 1
+
+
+def test_an_interrupted_trial_continues(full_table1, tmp_path, monkeypatch, press_ctrl_c_at):
+    """A folder keeps each trial and the run, so that no trial has to be run twice."""
+    straight = binaryconnect.table1("nesterov-scaled", scale="full", device="cpu")
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at(27, patch)  # the second trial's step 7
+        with pytest.raises(KeyboardInterrupt):
+            binaryconnect.table1("nesterov-scaled", scale="full", device="cpu",
+                                 checkpoint=tmp_path)  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"trial1e-05.pt", "trial0.01.pt"}
+    resumed = binaryconnect.table1("nesterov-scaled", scale="full", device="cpu",
+                                   checkpoint=tmp_path)  # fmt: skip
+    assert (tmp_path / "run.pt").exists()
+    assert resumed.metrics == straight.metrics
+    assert without_time(resumed) == without_time(straight)
+
+
+def test_the_small_table1_makes_no_trials(started):
+    binaryconnect.table1("adam-scaled", device="cpu", checkpoint="run.pt")
+    (run,) = started
+    assert run.checkpoint == "run.pt"
+    assert run.optimizer.defaults["lr"] == binaryconnect.RECIPES["table1"]["small"].lr_start
+
+
+# --- The convolutional columns of table 2 ------------------------------------------------------
+
+
+def images_of(count, size=32):
+    """A data set of random colour images; classes follow each other."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return data.Dataset(images, torch.arange(count) % 10, images[:10], torch.arange(10),
+                        tuple("0123456789"), name="toy")  # fmt: skip
+
+
+def test_the_full_recipes_of_the_convolutional_networks():
+    """Values of the released code's cifar10.py and svhn.py, but for what the module says."""
+    recipe = binaryconnect.RECIPES["table2_cifar10"]["full"]
+    assert (recipe.dataset, recipe.widths, recipe.hidden) == (
+        "cifar10", (128, 256, 512), (1024, 1024))  # fmt: skip
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer) == (500, 50, "adam")
+    assert (recipe.lr_start, recipe.lr_end, recipe.validation) == (0.003, 0.000002, 5000)
+    assert (recipe.reduction, recipe.lr_scaling, recipe.clip) == ("mean", True, True)
+    assert (recipe.init_bound, recipe.whiten) == (1.0, True)
+    svhn = binaryconnect.RECIPES["table2_svhn"]["full"]
+    changed = {k for k, v in asdict(recipe).items() if asdict(svhn)[k] != v}
+    assert changed == {"dataset", "widths", "epochs", "lr_start", "lr_end", "validation"}
+    assert (svhn.dataset, svhn.widths, svhn.epochs) == ("svhn+extra", (64, 128, 256), 200)
+    assert (svhn.lr_start, svhn.lr_end, svhn.validation) == (0.01, 0.000003, 6000)
+    table1 = binaryconnect.RECIPES["table1"]["full"]
+    assert (table1.widths, table1.hidden, table1.epochs) == ((64, 128, 256), (512, 512), 100)
+    assert 0.003 in binaryconnect.RATES
+
+
+@pytest.mark.parametrize(("table", "factor"), [
+    ("table2", 0.996605), ("table2_cifar10", 0.985480), ("table2_svhn", 0.960253),
+])  # fmt: skip
+def test_the_rates_fall_as_in_the_authors_code(table, factor):
+    """Their factor an epoch, whose last rate is that after the last epoch."""
+    recipe = binaryconnect.RECIPES[table]["full"]
+    rate = (recipe.lr_end / recipe.lr_start) ** (1 / recipe.epochs)
+    assert rate == pytest.approx(factor, abs=5e-7)
+
+
+@pytest.mark.parametrize(("table", "weights", "coefficients"), [
+    ("table2_cifar10", 14_022_016,
+     [28.04, 39.19, 48.00, 55.43, 67.88, 78.38, 78.38, 36.95, 26.26]),
+    ("table2_svhn", 6_397_632,
+     [20.05, 27.71, 33.94, 39.19, 48.00, 55.43, 58.42, 36.95, 26.26]),
+])  # fmt: skip
+def test_the_full_networks_and_their_scaled_rates(table, weights, coefficients):
+    recipe = binaryconnect.RECIPES[table]["full"]
+    model = binaryconnect.build_network(recipe, images_of(10), "deterministic")
+    layers = list(binary_layers(model))
+    assert sum(layer.weight.numel() for layer in layers) == weights
+    optimizer = binaryconnect.build_optimizer(model, recipe)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    scaled = [rates.pop(id(layer.weight)) / recipe.lr_start for layer in layers]
+    assert scaled == pytest.approx(coefficients, abs=0.01)
+    assert set(rates.values()) == {recipe.lr_start}
+    kinds = [type(module).__name__ for module in model]
+    assert kinds[:7] == ["BinaryConv2d", "BatchNorm2d", "ReLU", "BinaryConv2d", "MaxPool2d",
+                         "BatchNorm2d", "ReLU"]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["table2_cifar10", "table2_svhn"])
+@pytest.mark.parametrize("variant", ["none", "deterministic", "stochastic"])
+def test_the_convolutional_variants(table, variant, started):
+    getattr(binaryconnect, table)(variant, device="cpu")
+    (run,) = started
+    recipe = binaryconnect.RECIPES[table]["small"]
+    convolutions = [m for m in run.model.modules() if isinstance(m, nn.Conv2d)]
+    wide, deep = recipe.widths
+    assert [m.out_channels for m in convolutions] == [wide, wide, deep, deep]
+    layers = list(binary_layers(run.model))
+    assert len(layers) == (0 if variant == "none" else 7)
+    for layer in layers:
+        draws = [layer.binary_weight() for _ in range(2)]
+        assert set(draws[0].unique().tolist()) == {-1.0, 1.0}
+        assert torch.equal(*draws) == (variant == "deterministic")
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    assert max(rates) == recipe.lr_start if variant == "none" else max(rates) > recipe.lr_start
+    assert run.loss(torch.zeros(2, 10), torch.tensor([0, 1])) == 1
+
+
+def test_the_convolutional_networks_see_whitened_images(started):
+    binaryconnect.table2_cifar10("none", device="cpu")
+    digits = data.load("digits").hold_out(300)
+    images = digits.test_images[:20]
+    expected = data.zca_whiten(digits)(images)
+    torch.testing.assert_close(started[0].preprocess(images), expected)
+
+
+def test_what_is_prepared_is_kept_for_the_next_run():
+    root, cpu = data.root_folder(), torch.device("cpu")
+    first = binaryconnect.prepare("digits", 300, True, cpu, root)
+    assert binaryconnect.prepare("digits", 300, True, cpu, root)[1] is first[1]
+    assert len(binaryconnect.prepare("digits", 200, True, cpu, root)[0].train_images) == 1100
+
+
+def test_svhns_validation_images_are_of_both_parts(monkeypatch, tmp_path):
+    base, extra = images_of(40, size=4), images_of(60, size=4)
+    seen = []
+
+    def svhn(root, split, download):
+        seen.append((root, split, download))
+        return SimpleNamespace(data=extra.train_images.numpy(), labels=extra.train_labels.numpy())
+
+    monkeypatch.setattr("torchvision.datasets.SVHN", svhn)
+    monkeypatch.setattr(data, "load", lambda name, root: base if name == "svhn" else None)
+    both = binaryconnect.svhn_with_extra(tmp_path, per_class=1, extra_per_class=2)
+    assert seen == [(tmp_path, "extra", True)]
+    assert (both.name, len(both.train_images)) == ("svhn+extra", 100 - 30)
+    held = torch.cat([base.train_images[-10:], extra.train_images[-20:]])
+    assert torch.equal(both.validation_images, held)
+    assert torch.equal(both.validation_labels, torch.arange(30) % 10)
+    kept = torch.cat([base.train_images[:-10], extra.train_images[:-20]])
+    assert torch.equal(both.train_images, kept)
+    assert torch.equal(both.test_images, base.test_images)
+
+
+def test_the_last_of_each_class():
+    labels = torch.randint(7, (500,), generator=torch.Generator().manual_seed(2))
+    mask = binaryconnect.last_of_each_class(labels, 9)
+    expected = [i for c in range(7) for i in (labels == c).nonzero()[-9:].flatten().tolist()]
+    assert mask.nonzero().flatten().tolist() == sorted(expected)
 
 
 # --- At test time ------------------------------------------------------------------------------

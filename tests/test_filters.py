@@ -920,3 +920,45 @@ def test_the_theory_needs_no_torch():
              for alias in node.names}  # fmt: skip
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names | modules == {"math", "numpy", "collections.abc", "numpy.typing", "scipy"}
+
+
+# --- The freeze point --------------------------------------------------------------------------
+
+
+def literal_freeze_point(alphas):
+    for step in range(len(alphas)):
+        if sum(alphas[step:]) <= 1:
+            return step
+    raise AssertionError("the last rate alone is more than 1")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_freeze_point_is_the_literal_one(seed):
+    alphas = (np.random.default_rng(seed).integers(0, 9, 60) / 64).tolist()  # exact sums
+    assert filters.freeze_point(alphas) == literal_freeze_point(alphas)
+
+
+@pytest.mark.parametrize("start", [0.1, 0.01, 0.003])
+def test_the_freeze_point_of_the_usual_schedules(start):
+    steps = 20_000
+    u = np.arange(steps) / steps
+    left = 1 - filters.freeze_point(start * (1 - u)) / steps
+    assert left == pytest.approx(math.sqrt(2 / (start * steps)), abs=2 / steps)
+    left = 1 - filters.freeze_point(start * (1 + np.cos(np.pi * u)) / 2) / steps
+    # the closed form is the leading term for a short rest
+    assert left == pytest.approx(
+        (12 / (math.pi**2 * start * steps)) ** (1 / 3), rel=0.2 * left, abs=2 / steps
+    )
+    left = 1 - filters.freeze_point(np.full(steps, start)) / steps
+    assert left * steps == pytest.approx(1 / start, abs=1)
+
+
+def test_rates_that_never_sum_to_one_freeze_at_once():
+    assert filters.freeze_point([0.25, 0.25]) == 0
+    assert filters.freeze_point([1.0]) == 0
+
+
+@pytest.mark.parametrize("bad", [[], [-0.1, 0.5], [0.5, 1.5], [math.nan], [[0.5]], 0.5])
+def test_a_freeze_point_of_no_rates(bad):
+    with pytest.raises(ValueError, match="each from 0 to 1"):
+        filters.freeze_point(bad)

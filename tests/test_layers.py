@@ -689,3 +689,153 @@ def test_gradients_of_single_samples_by_torch_func():
         layer.zero_grad()
         layer(sample).square().sum().backward()
         torch.testing.assert_close(gradient, layer.weight.grad)
+
+
+# --- Attention matching, the bipolar penalty, the elastic link -----------------------------------
+
+
+def attention_twin(features):
+    """A literal twin of the attention map: squares summed over channels, over their norm."""
+    maps = np.zeros((features.shape[0], features.shape[2] * features.shape[3]))
+    for n, sample in enumerate(features):
+        q = sum(channel**2 for channel in sample).ravel()
+        maps[n] = q / np.sqrt((q**2).sum())
+    return maps
+
+
+def matching_twin(students, teachers):
+    """A literal twin of the loss: distances summed over places, averaged over samples."""
+    total = 0.0
+    for student, teacher in zip(students, teachers, strict=True):
+        difference = attention_twin(student) - attention_twin(teacher)
+        total += np.mean([np.sqrt((row**2).sum()) for row in difference])
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_matching_is_its_formula(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((4, 3, 5, 6), (4, 7, 5, 6)), ((4, 8, 2, 3), (4, 8, 2, 3))]
+    students, teachers = zip(*(
+        [torch.randn(shape, generator=generator).to(dtype) for shape in pair] for pair in shapes
+    ), strict=True)  # fmt: skip
+    twin = matching_twin(*([f.double().numpy() for f in side] for side in (students, teachers)))
+    found = layers.attention_matching(students, teachers)
+    assert found.item() == pytest.approx(twin, rel=1e-5)
+    assert found.dtype == torch.float32
+    for each in students:
+        np.testing.assert_allclose(layers.attention_map(each),
+                                   attention_twin(each.double().numpy()), rtol=1e-5)  # fmt: skip
+
+
+def test_attention_matching_does_not_feel_a_factor():
+    a = torch.randn(3, 4, 5, 5)
+    assert layers.attention_matching([a], [a]) == 0
+    assert layers.attention_matching([a], [-8 * a]) == 0
+    assert layers.attention_matching([a], [a[:, :2]]) > 0
+    assert layers.attention_matching([a, a], [a, a[:, :2]]) > 0
+
+
+def test_attention_matching_teaches_only_the_student():
+    student = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    before = layers.attention_matching([student], [teacher])
+    before.backward()
+    assert teacher.grad is None
+    with torch.no_grad():
+        moved = student - 0.1 * student.grad
+    assert layers.attention_matching([moved], [teacher]) < before
+
+
+def test_attention_of_a_dead_map_is_zero_and_has_a_finite_gradient():
+    dead = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    assert torch.equal(layers.attention_map(dead), torch.zeros(2, 16))
+    for teacher in (torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)):
+        layers.attention_matching([dead], [teacher]).backward()
+        assert dead.grad.isfinite().all()
+
+
+def test_attention_matching_refuses_what_does_not_fit():
+    a, wide = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) and \(2, 3, 4, 5\) have maps of diff"):
+        layers.attention_matching([a], [wide])
+    with pytest.raises(ValueError, match="shorter than"):
+        layers.attention_matching([a, a], [a])
+    with pytest.raises(ValueError, match="no features to compare"):
+        layers.attention_matching([], [])
+    with pytest.raises(ValueError, match=r"features must be \(N, C, H, W\), not \(2, 3\)"):
+        layers.attention_map(torch.ones(2, 3))
+
+
+def test_the_bipolar_penalty_and_its_gradient():
+    weights = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
+    penalty = layers.bipolar_penalty(weights, 0.3)
+    expected = sum(0.3 * (1 - w**2) for each in weights for w in each.flatten().tolist())
+    assert penalty.item() == pytest.approx(expected, rel=1e-5)
+    penalty.backward()
+    for weight in weights:
+        torch.testing.assert_close(weight.grad, -0.6 * weight.detach())
+    ends = [torch.tensor([1.0, -1.0, 1.0])]
+    assert layers.bipolar_penalty(ends, 5.0) == 0
+
+
+def descend(start, steps, clip):
+    """Gradient descent on the bipolar penalty alone, with a rate of 0.1."""
+    w = start.clone()
+    for _ in range(steps):
+        w.requires_grad_()
+        (gradient,) = torch.autograd.grad(layers.bipolar_penalty([w], 0.5), w)
+        w = (w - 0.1 * gradient).detach()
+        w = w.clamp(-1, 1) if clip else w
+    return w
+
+
+def test_the_bipolar_penalty_needs_clipping():
+    start = torch.tensor([-0.9, -1e-3, 0.0, 1e-3, 0.5])
+    clipped, free = descend(start, 100, clip=True), descend(start, 100, clip=False)
+    assert torch.equal(clipped, torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]))
+    torch.testing.assert_close(free, start * 1.1**100)  # negative decay: a pole outside the circle
+
+
+def test_the_bipolar_penalty_refuses():
+    with pytest.raises(ValueError, match="strength must not be negative, not -1"):
+        layers.bipolar_penalty([torch.ones(2)], -1)
+    with pytest.raises(ValueError, match="no weights to regularise"):
+        layers.bipolar_penalty([], 1.0)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (2, 6), (6, 2), (4, 1)])
+def test_the_elastic_link_is_its_formula(inputs, outputs):
+    link = layers.ElasticLink(inputs, outputs)
+    with torch.no_grad():
+        link.balance.fill_(0.5)
+    x, y = torch.randn(3, inputs, 2, 5), torch.randn(3, outputs, 2, 5)
+    expected = y.clone()
+    for c in range(outputs):
+        if outputs >= inputs:
+            expected[:, c] += 0.5 * x[:, c % inputs]
+        else:
+            group = inputs // outputs
+            expected[:, c] += 0.5 * sum(x[:, c * group + i] for i in range(group)) / group
+    torch.testing.assert_close(link(x, y), expected)
+    assert [name for name, _ in link.named_parameters()] == ["balance"]
+    assert repr(link) == f"ElasticLink({inputs}, {outputs})"
+
+
+def test_the_elastic_link_passes_gradients_to_both_and_to_its_balance():
+    link = layers.ElasticLink(2, 4)
+    x, y = torch.randn(1, 2, 3, 3, requires_grad=True), torch.randn(1, 4, 3, 3, requires_grad=True)
+    link(x, y).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))  # two copies of each channel
+    assert torch.equal(y.grad, torch.ones_like(y))
+    assert link.balance.grad.item() == pytest.approx(2 * x.sum().item(), rel=1e-4)
+
+
+def test_the_elastic_link_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="must divide the other, not 4 and 6"):
+        layers.ElasticLink(4, 6)
+    with pytest.raises(ValueError, match="not 0 and 6"):
+        layers.ElasticLink(0, 6)
+    link = layers.ElasticLink(2, 2)
+    with pytest.raises(ValueError, match=r"same height and width, not \(4, 4\) and \(2, 2\)"):
+        link(torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2))

@@ -62,6 +62,7 @@ SMALL = {
     "expert": partial(expertnet, width=8, blocks=(1, 1), groups=(1, 2), expansion=2),
     "one expert": partial(expertnet, width=8, blocks=(1, 1), groups=(1, 2), experts=1),
     "driven": partial(expertnet, width=8, blocks=(1, 1), groups=(1, 2), data_driven=True),
+    "sigmoid gate": partial(expertnet, width=8, blocks=(1, 1), groups=(1, 2), gate="sigmoid"),
 }
 BINARY = [name for name in SMALL if name not in ("alexnet", "four layers")]
 INPUT = (3, 16, 16)

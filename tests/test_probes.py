@@ -724,3 +724,12 @@ def test_a_saved_flip_count_does_not_change_afterwards():
     state = probe.state_dict()
     probe.epoch()
     assert state["flips"].item() == 4
+
+
+def test_channel_magnitudes_are_means_over_everything_but_the_output_channels():
+    weight = torch.randn(3, 2, 5, 5, requires_grad=True)
+    found = probes.channel_magnitudes(weight)
+    expected = [np.abs(kernel).mean() for kernel in weight.detach().numpy()]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not found.requires_grad
+    assert probes.channel_magnitudes(weight.bfloat16()).dtype == torch.float32

@@ -136,7 +136,7 @@ NAN, INF = float("nan"), float("inf")
         ({"scale": "medium"}, "unknown scale 'medium'; known: small, full"),
         ({"dataset": None}, "dataset is of type NoneType"),
         ({"arrays": {"w": {"shape": [2], "dtype": "uint8", "base64": "AQ=="}}}, "malformed array"),
-        ({"format": 2}, "format is 2"),
+        ({"format": 3}, "format is 3"),
     ],
 )
 def test_save_refuses_and_names_the_key(tmp_path, changes, message):
@@ -223,6 +223,8 @@ def damage(text, case):
         "history is rows": json.dumps(value | {"history": [{"epoch": 1}]}),
         "ragged history": json.dumps(value | {"history": {"epoch": [1, 2], "x": [1]}}),
         "column is a number": json.dumps(value | {"history": {"epoch": 1}}),
+        "tampered": text.replace("0.987654321", "0.997654321"),
+        "no checksum": json.dumps({k: v for k, v in value.items() if k != "checksum"}),
         "metric is text": json.dumps(value | {"metrics": {"a": "b"}}),
         "metric is a bool": json.dumps(value | {"metrics": {"a": True}}),
         "array is cut": json.dumps(
@@ -246,12 +248,14 @@ CASES = [
     ("too large a number", "1e999"),
     ("missing key", r"misses the known keys \['recipe'\]"),
     ("unknown key", r"has the unknown keys \['colour'\]"),
-    ("other format", "format is 0, this version reads 1"),
+    ("other format", "format is 0, this version reads 2"),
     ("no format", "format is None"),
     ("seed is text", "seed is of type str"),
     ("seed is bool", "seed is of type bool"),
     ("unknown scale", "unknown scale"),
     ("history is rows", "history is of type list"),
+    ("tampered", "checksum does not fit"),
+    ("no checksum", "checksum does not fit"),
     ("ragged history", "differ in length"),
     ("column is a number", "not a list"),
     ("metric is text", "metrics.a is not a number"),
@@ -265,8 +269,8 @@ CASES = [
 
 def test_a_record_of_a_later_format_is_refused_and_left_alone(tmp_path):
     path = records.save(make(), tmp_path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(RecordError, match="format is 2, this version reads 1; install"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    with pytest.raises(RecordError, match="format is 3, this version reads 2; install"):
         records.read(path)
     assert path.exists()
 

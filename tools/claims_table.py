@@ -1,12 +1,14 @@
 """The claims of all executed chapters as tables: `python -m tools.claims_table [--check]`.
 
-README.md gets a short table, book/what-holds.md a long one, each between two markers.
+README.md gets the headlines that pyproject.toml names under [tool.bnnbook] (all claims where it
+names none), book/what-holds.md all claims, each between two markers.
 """
 
 import argparse
 import sys
 import tomllib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +67,39 @@ def _toc_files(path: Path) -> list[str]:
     return walk(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
+def headlines(chapters: list[ChapterClaims], ids: list[str]) -> list[ChapterClaims]:
+    """The chapters with only the claims of these ids; an id that no chapter has is an error."""
+    known = [claim["id"] for chapter in chapters for claim in chapter.claims]
+    if lost := [name for name in ids if name not in known]:
+        raise BookError(f"pyproject.toml: no chapter claims {', '.join(map(repr, lost))}")
+    return [
+        replace(chapter, claims=[claim for claim in chapter.claims if claim["id"] in ids])
+        for chapter in chapters
+    ]
+
+
+def tally(chapters: list[ChapterClaims]) -> str:
+    """How many claims there are, and how many with each verdict, as a sentence."""
+    found = Counter(claim["verdict"] for chapter in chapters for claim in chapter.claims)
+    parts = [f"{found[verdict]} {verdict}" for verdict in claims.BADGE if found[verdict]]
+    return f"{found.total()} claims: {'; '.join(parts)}."
+
+
 def short_table(chapters: list[ChapterClaims], site: str) -> str:
-    """Chapter, claim, the paper's number, ours, verdict; links to the published pages."""
+    """Chapter, claim, the paper's number, ours, hardware, verdict; links to published pages."""
     rows = [
         [
             f"[{chapter.title}]({site}notebooks/{chapter.path.stem}.html)",
             claim["statement"],
             claim["paper"],
             claim["measured"]["text"],
+            claim["hardware"],
             claim["verdict"],
         ]
         for chapter in chapters
         for claim in chapter.claims
     ]
-    return _table(["Chapter", "Claim", "Paper", "Ours", "Verdict"], rows)
+    return _table(["Chapter", "Claim", "Paper", "Ours", "Hardware", "Verdict"], rows)
 
 
 def long_table(chapters: list[ChapterClaims]) -> str:
@@ -131,9 +152,12 @@ def inserted(path: Path, table: str) -> str:
 def outdated(root: Path = ROOT) -> dict[Path, str]:
     """Files whose table is not what the notebooks say now, each with its right text."""
     chapters = collect(root)
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    site = settings["project"]["urls"]["Homepage"]
+    chosen = settings.get("tool", {}).get("bnnbook", {}).get("headlines")
+    shown = chapters if chosen is None else headlines(chapters, chosen)
     texts = {
-        root / "README.md": short_table(chapters, project["urls"]["Homepage"]),
+        root / "README.md": f"{tally(chapters)}\n\n{short_table(shown, site)}",
         root / "book" / "what-holds.md": long_table(chapters),
     }
     texts = {path: inserted(path, table) for path, table in texts.items()}

@@ -3,9 +3,53 @@
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
-from bnnbook.experiments import alexnet, binaryconnect, helwegen2019, quist2023
+from bnnbook.experiments import (
+    alexnet,
+    binaryconnect,
+    bulat2021,
+    helwegen2019,
+    liu2021,
+    martinez2020,
+    quist2023,
+)
 
-PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023)
+PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023, bulat2021, liu2021, martinez2020)
+
+# In which order `bnnbook record` runs them: first what the chapters' open claims wait for most,
+# for the time it takes; last what takes days.
+PRIORITY = (
+    "quist2023.order",
+    "quist2023.alpha_sweep",
+    "quist2023.alpha_decay",
+    "quist2023.latent_parity",
+    "helwegen2019.figure1",
+    "helwegen2019.latent_inference",
+    "liu2021.optimizer",
+    "martinez2020.pieces",
+    "bulat2021.experts",
+    "alexnet.figure1",
+    "binaryconnect.table2_cifar10",
+    "binaryconnect.table2",
+    "helwegen2019.scaling",
+    "quist2023.spectra",
+    "quist2023.scale_invariance",
+    "liu2021.two_step",
+    "liu2021.weight_decay",
+    "bulat2021.width",
+    "bulat2021.gate",
+    "bulat2021.start",
+    "bulat2021.experts_cifar100",
+    "alexnet.lrn",
+    "alexnet.pooling",
+    "alexnet.dropout_gap",
+    "alexnet.ten_view",
+    "alexnet.kernels",
+    "helwegen2019.section52_short",
+    "binaryconnect.table1",
+    "binaryconnect.table2_svhn",
+    "binaryconnect.clipping",
+    "helwegen2019.section52",
+)
 
 
 def names() -> list[str]:

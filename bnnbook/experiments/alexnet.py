@@ -76,7 +76,7 @@ FIGURE1 = replace(FOUR_LAYER, drops=(), weight_decay=0.0, last_decay=None)
 ALEXNET = Recipe("cifar10", "small", 60, 128, 0.01, padding=4)
 DIGITS = Recipe("digits", "small", 12, 50, 0.02,
                 {"widths": (8, 16, 16, 16, 16), "hidden": 64})  # fmt: skip
-PATCHES = Recipe(PHOTOGRAPHS, "small", 12, 32, 0.02,
+PATCHES = Recipe(PHOTOGRAPHS, "small", 12, 32, 0.01,
                  {"widths": (16, 32, 32, 32, 32), "hidden": 64, "dropout": 0.0, "lrn": False},
                  crop=24, first_layer_scale=0.1)  # fmt: skip
 
@@ -100,7 +100,7 @@ RECIPES = {
 RATES = {
     "full": {"relu": (0.001, 0.002, 0.0005, 0.004), "tanh": (0.01, 0.003, 0.03, 0.001)},
     "small": {"relu": (0.014, 0.01), "tanh": (0.1, 0.05)},
-    "small, torch": {"relu": (0.2, 0.3), "tanh": (0.2, 0.3)},
+    "small, torch": {"relu": (0.1, 0.05), "tanh": (0.1, 0.05)},
 }
 
 

@@ -18,6 +18,33 @@ from bnnbook.models._arguments import (
 )
 
 
+class SigmoidGateConv2d(ExpertBinaryConv2d):
+    r"""The expert convolution with the gradient that the released training code gives its gate.
+
+    Forward as in `ExpertBinaryConv2d`. Backward each score learns by itself, through the slope of
+    a logistic function instead of the softmax Jacobian:
+
+    .. math::
+
+        \frac{\partial L}{\partial z_j} = \sigma(z_j)\,(1 - \sigma(z_j))\, g_j, \qquad
+        g_j = \Big\langle \frac{\partial L}{\partial q_w(W_k)},\ q_w(W_j) \Big\rangle .
+
+    Equal experts then push all scores by the same :math:`g`, which is no reason to prefer one.
+    ``temperature`` has no effect. Of equal scores the first wins; the released code adds the
+    experts of all that are equal.
+
+    Source: the default of the authors' training code; the paper's ablation (A.2.3) finds it worse.
+    """
+
+    def _chosen(self, scores: Tensor, experts: Tensor) -> Tensor:
+        slopes = scores.sigmoid()
+        fires = nn.functional.one_hot(scores.argmax(1), len(experts)).to(experts.dtype)
+        return (fires + (slopes - slopes.detach())).to(experts.dtype) @ experts
+
+
+GATES = {"softmax": ExpertBinaryConv2d, "sigmoid": SigmoidGateConv2d}
+
+
 class ExpertUnit(nn.Module):
     r"""One expert convolution and its shortcut, in the order of Real-to-Binary's baseline.
 
@@ -30,18 +57,20 @@ class ExpertUnit(nn.Module):
     1 x 1 convolutions, each with batch normalisation and PReLU.
 
     ``data_driven`` multiplies by the `DataDrivenScale` of the normalised input, too. With
-    ``experts`` of 1 the convolution is a plain `BinaryConv2d`. Other options (groups,
+    ``experts`` of 1 the convolution is a plain `BinaryConv2d`; otherwise ``gate`` names how the
+    gate learns: "softmax" or "sigmoid", see `SigmoidGateConv2d`. Other options (groups,
     padding_value) are the convolution's. Input (N, in_channels, H, W), output (N, out_channels,
     H / stride, W / stride), rounded up. (Equation 1; the order is the released code's.)
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *,
-                 experts: int = 4, temperature: float = 1.0, data_driven: bool = False,
-                 weight_quantizer=ste_sign, input_quantizer=ste_sign, **conv):  # fmt: skip
+                 experts: int = 4, gate: str = "softmax", temperature: float = 1.0,
+                 data_driven: bool = False, weight_quantizer=ste_sign, input_quantizer=ste_sign,
+                 **conv):  # fmt: skip
         super().__init__()
         layer = BinaryConv2d
         if experts > 1:
-            layer = partial(ExpertBinaryConv2d, experts=experts, temperature=temperature)
+            layer = partial(GATES[gate], experts=experts, temperature=temperature)
         self.norm = nn.BatchNorm2d(in_channels)
         self.conv = layer(in_channels, out_channels, kernel_size, stride=stride,
                           padding=kernel_size // 2, weight_quantizer=weight_quantizer,
@@ -112,8 +141,9 @@ STEMS = {"3x3": _plain_stem, "light": LightStem}
 def expertnet(classes: int = 10, *, blocks: Sequence[int] = (1, 1, 1, 1), expansion: int = 1,
               groups: Sequence[int] = (1, 1, 1, 1), experts: int = 4, width: int = 64,
               in_channels: int = 3, stem: str = "3x3", pointwise: bool = True,
-              data_driven: bool = False, temperature: float = 1.0, weight_quantizer=ste_sign,
-              input_quantizer=ste_sign, padding_value: float = 0.0) -> nn.Sequential:  # fmt: skip
+              data_driven: bool = False, gate: str = "softmax", temperature: float = 1.0,
+              weight_quantizer=ste_sign, input_quantizer=ste_sign,
+              padding_value: float = 0.0) -> nn.Sequential:  # fmt: skip
     """Return an expert binary network, N0N1N2N3-E-G0:G1:G2:G3 in the paper's names.
 
     A real stem, one stage for each number of ``blocks``, the mean over the map, a real output
@@ -129,6 +159,7 @@ def expertnet(classes: int = 10, *, blocks: Sequence[int] = (1, 1, 1, 1), expans
     - stem: "3x3", a convolution for small images, is ours; "light", `LightStem`, is for ImageNet.
     - pointwise: False leaves the 1 x 1 units out.
     - data_driven: multiply by a `DataDrivenScale`, as the final model does.
+    - gate: how the gates learn, "softmax" as in the paper or "sigmoid", `SigmoidGateConv2d`.
     - temperature: of the softmax through which the gates learn; see `ExpertBinaryConv2d`.
     - weight_quantizer: `ste_sign`; `real_weight` is for stage I, binary activations with real
       weights; None is for weights that are ±1 themselves.
@@ -138,16 +169,18 @@ def expertnet(classes: int = 10, *, blocks: Sequence[int] = (1, 1, 1, 1), expans
     The final model is ``expertnet(1000, **parse_architecture("1262-2-4:8:8:16"), stem="light",
     data_driven=True)``; ``expertnet(1000, blocks=(2, 2, 2, 2), experts=1, pointwise=False)`` has
     the layout of Real-to-Binary's strong baseline. Raises ValueError for numbers that do not fit
-    together, for an unknown stem and for a quantizer that is no function. (Sections 4.1 to 4.3.)
+    together, for an unknown stem or gate and for a quantizer that is no function. (Sections 4.1 to
+    4.3.)
     """
     _check_architecture(blocks, expansion, groups)
     check_counts(classes=classes, experts=experts, width=width, in_channels=in_channels)
     check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)
     check_choice("stem", stem, STEMS)
+    check_choice("gate", gate, GATES)
     stages = OrderedDict(stem=STEMS[stem](in_channels, width))
-    unit = partial(ExpertUnit, experts=experts, temperature=temperature, data_driven=data_driven,
-                   weight_quantizer=weight_quantizer, input_quantizer=input_quantizer,
-                   padding_value=padding_value)  # fmt: skip
+    unit = partial(ExpertUnit, experts=experts, gate=gate, temperature=temperature,
+                   data_driven=data_driven, weight_quantizer=weight_quantizer,
+                   input_quantizer=input_quantizer, padding_value=padding_value)  # fmt: skip
     channels = width
     for number, (count, group) in enumerate(zip(blocks, groups, strict=True)):
         units = []

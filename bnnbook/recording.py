@@ -1,0 +1,412 @@
+"""Work through the runs that have no record yet: the most valuable first, in time, in parallel.
+
+Every run is a process of its own. One that fails, or is killed, takes no other with it, and
+several share a GPU or the cores of a CPU. Because nothing else is shared, a run's numbers do not
+depend on how many ran beside it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bnnbook import experiments, records
+from bnnbook.records import Record
+
+SEEDS = (0, 1, 2)
+GRACE = 20.0  # seconds before the end in which unfinished runs write their checkpoints
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be recorded; ``epochs`` shortens its recipe, None leaves it as it is."""
+
+    experiment: str
+    variant: str
+    seed: int
+    scale: str = "full"
+    epochs: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.experiment} {self.variant} seed {self.seed}"
+
+    @property
+    def planned(self) -> int:
+        """The epochs that this run takes at most."""
+        return self.epochs or experiments.find(self.experiment)[2][self.scale].epochs
+
+    def checkpoint(self, runs: Path) -> Path:
+        """Return the file, or the folder, in which the unfinished run is kept.
+
+        The number of epochs sets how fast rates fall: another number is another run.
+        """
+        length = "" if self.epochs is None else f"-{self.epochs}epochs"
+        name = f"{self.experiment}-{self.variant}-{self.scale}{length}-seed{self.seed}.pt"
+        return runs / name
+
+
+def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int] = SEEDS,
+             epochs: int | None = None) -> list[Job]:  # fmt: skip
+    """Return the runs of all experiments, or of ``only`` these, the most valuable first.
+
+    The first seed of everything comes before the second of anything; within a seed the order is
+    that of `bnnbook.experiments.PRIORITY`. Unknown experiments raise a ValueError.
+    """
+    if scale not in records.SCALES:
+        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(records.SCALES)}")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, not {epochs}")
+    for name in only:
+        experiments.find(name)  # which lists the known ones
+    named = [n for n in experiments.PRIORITY if not only or n in only]
+    return [
+        Job(name, variant, seed, scale, epochs)
+        for seed in seeds
+        for name in named
+        if scale in experiments.find(name)[2]
+        for variant in experiments.find(name)[1]
+    ]
+
+
+# --- What there is -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is: kind is recorded, shortened, partial (a checkpoint) or missing."""
+
+    kind: str
+    words: str
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to run."""
+        return self.kind == "recorded"
+
+
+def state(job: Job, folders: Iterable, runs: Path) -> State:
+    """Return how far a run is, by the records in the folders and its checkpoint in ``runs``.
+
+    A shortened record of as many epochs as the job asks for, or more, is as good as the job's.
+    """
+    found = [r for folder in folders if (r := read_record(job, folder)) is not None]
+    lengths = [length_of(r) for r in found if r.shortened is not None]
+    if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.epochs):
+        return State("recorded", "recorded")
+    if job.checkpoint(runs).exists():
+        return State("partial", "has a checkpoint")
+    if found:
+        return State("shortened", str(found[0].shortened))
+    return State("missing", "missing")
+
+
+def read_record(job: Job, folder) -> Record | None:
+    """Return the job's record in a folder, or None if there is none."""
+    path = records.find(job.experiment, job.variant, job.seed, folder, job.scale)
+    return None if path is None else records.read(path)
+
+
+def length_of(record: Record) -> int:
+    """Return the number of epochs that a record's recipe declares."""
+    return int(record.recipe.get("epochs", len(record.history)))
+
+
+def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, str], float]:
+    """Return what an epoch took in the records made on a device, by experiment and scale."""
+    found: dict[tuple[str, str], float] = {}
+    for folder in folders:
+        for record in records.read_all(root=folder):
+            if record.environment.get("device") == device and record.seconds and record.history:
+                key = record.experiment, record.scale
+                found[key] = record.seconds / len(record.history)
+    return found
+
+
+def estimate(job: Job, measured: dict[tuple[str, str], float]) -> float | None:
+    """Return the seconds that a run will take, or None when nothing like it was measured."""
+    rate = measured.get((job.experiment, job.scale))
+    return None if rate is None else rate * job.planned
+
+
+# --- One run -----------------------------------------------------------------------------------
+
+
+def run(job: Job, *, device: str = "auto", results: Path | None = None, runs: Path = Path("runs"),
+        progress: bool | None = None) -> tuple[Record, Path]:  # fmt: skip
+    """Run one job from its checkpoint, if it has one, to its record; return that and its path.
+
+    The checkpoint is removed only when the record is written.
+    """
+    function, _, _ = experiments.find(job.experiment)
+    runs.mkdir(parents=True, exist_ok=True)
+    checkpoint = job.checkpoint(runs)
+    options = {} if progress is None else {"progress": progress}
+    done = function(job.variant, seed=job.seed, scale=job.scale, epochs=job.epochs, device=device,
+                    checkpoint=checkpoint, **options)  # fmt: skip
+    path = records.save(done, results, overwrite=True)
+    if checkpoint.is_dir():  # an experiment of several trainings keeps one for each
+        shutil.rmtree(checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return done, path
+
+
+def in_words(job: Job, done: Record, path: Path) -> str:
+    """Return a finished run as one line."""
+    short = f", {done.shortened}" if done.shortened else ""
+    return (f"{job} ({done.scale} scale{short}): test error "
+            f"{100 * done.metrics['test_error']:.2f} %, {done.seconds:.0f} s on "
+            f"{done.environment['device']} -> {path}")  # fmt: skip
+
+
+# --- Many runs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What came of a call of `work_through`."""
+
+    done: list[Job] = field(default_factory=list)
+    stopped: list[Job] = field(default_factory=list)  # their checkpoints continue them
+    failed: dict[Job, str] = field(default_factory=dict)  # with the traceback
+    waiting: list[Job] = field(default_factory=list)  # not begun
+    interrupted: bool = False
+
+
+def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, device: str = "auto",
+                 results: Path | None = None, runs: Path = Path("runs"),
+                 measured: dict | None = None, checkpoint_minutes: float | None = None,
+                 say=print) -> Outcome:  # fmt: skip
+    """Run the jobs in their order, ``at_once`` in parallel, and stop before the time is up.
+
+    A run that cannot finish in the time that is left, judged by ``measured`` (see `estimate`), is
+    passed over as long as another can; when none can, the first goes as far as it comes. What is
+    unfinished `GRACE` seconds before the end (or a tenth of the time) writes its checkpoint.
+    ``say`` is given one line for each run that ended.
+    """
+    if at_once < 1:
+        raise ValueError(f"at least one run at a time, not {at_once}")
+    if seconds <= 0:
+        raise ValueError(f"the time must be positive, not {seconds / 60:g} minutes")
+    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say)
+    crew.outcome.waiting = list(jobs)
+    end = time.monotonic() + seconds
+    last = end - min(GRACE, seconds / 10)
+    with _termination_is_an_interrupt(), crew.bar:
+        try:
+            while (crew.outcome.waiting or crew.running) and time.monotonic() < last:
+                crew.fill(last - time.monotonic(), measured or {})
+                crew.collect(last - time.monotonic())
+        except KeyboardInterrupt:
+            crew.outcome.interrupted = True
+            end = time.monotonic() + GRACE
+        finally:
+            crew.dismiss(end)
+    return crew.outcome
+
+
+class _Crew:
+    """The processes at work."""
+
+    def __init__(self, device, results, runs, at_once, checkpoint_minutes, say):
+        self.at_once, self.say = at_once, say
+        self.running: dict = {}  # from the pipe on which a process reports to (job, process)
+        self.outcome = Outcome()
+        threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
+        self.settings = device, results, runs, threads, checkpoint_minutes
+        self.bar = tqdm(unit="run", disable=not sys.stderr.isatty(), leave=False)
+
+    def fill(self, left: float, measured: dict) -> None:
+        """Start processes until as many are at work as may be."""
+        waiting = self.outcome.waiting
+        while waiting and len(self.running) < self.at_once:
+            job = next((j for j in waiting if (estimate(j, measured) or 0) <= left), waiting[0])
+            waiting.remove(job)
+            self.start(job)
+
+    def start(self, job: Job) -> None:
+        """Begin a job in a fresh process; forked ones cannot use CUDA."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(job, theirs, *self.settings))
+        process.start()
+        theirs.close()
+        self.running[ours] = job, process
+        self.show()
+
+    def collect(self, timeout: float) -> None:
+        """Wait until a process reports or the time is over; note what came of its job."""
+        for pipe in wait(list(self.running), max(0.0, timeout)):
+            job, process = self.running.pop(pipe)
+            try:
+                kind, text = pipe.recv()
+            except EOFError:
+                kind, text = "failed", ""
+            process.join()
+            if not text and kind == "failed":
+                text = f"the process died without a word (exit status {process.exitcode})"
+            self.note(job, kind, text)
+
+    def note(self, job: Job, kind: str, text: str) -> None:
+        """File a job under what came of it, and say so."""
+        if kind == "failed":
+            self.outcome.failed[job] = text
+            last = text.strip().rpartition("\n")[2]
+            text = f"{job}: failed, {last}"
+        else:
+            getattr(self.outcome, kind).append(job)
+        with contextlib.nullcontext() if self.bar.disable else tqdm.external_write_mode():
+            self.say(text)
+        self.bar.update()
+        self.show()
+
+    def show(self) -> None:
+        """Name on the bar what is at work."""
+        self.bar.total = self.bar.n + len(self.running) + len(self.outcome.waiting)
+        self.bar.set_description(" · ".join(str(job) for job, _ in self.running.values()))
+
+    def dismiss(self, end: float) -> None:
+        """Ask the processes at work to stop, collect what they say, kill what does not hear."""
+        for _, process in self.running.values():
+            process.terminate()
+        while self.running and time.monotonic() < end:
+            self.collect(end - time.monotonic())
+        for job, process in self.running.values():
+            process.kill()
+            process.join()
+            self.note(job, "stopped", f"{job}: killed, it did not stop in time")
+        self.running.clear()
+
+
+def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None:
+    """Do a job in this process, and report how it ended."""
+    # Ctrl-C on a terminal reaches every process of the group: only the first process shall hear
+    # it, which asks the others to stop once. A second signal would cut a checkpoint short.
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    try:
+        import torch
+
+        from bnnbook import training
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if checkpoint_minutes is not None:
+            training.CHECKPOINT_MINUTES = checkpoint_minutes
+        alone = threads is None and sys.stderr.isatty()
+        done, path = run(job, device=device, results=results, runs=runs, progress=alone)
+        pipe.send(("done", in_words(job, done, path)))
+    except KeyboardInterrupt:
+        there = job.checkpoint(runs).exists()
+        what = "its checkpoint continues it" if there else "nothing was saved yet"
+        pipe.send(("stopped", f"{job}: stopped, {what}"))
+    except BaseException:  # whatever it is, the other runs go on
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def _interrupt(number, frame) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop_without_parent() -> None:
+    """Stop, with a checkpoint, when the process that started this one has died."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _termination_is_an_interrupt():
+    """Treat SIGTERM like Ctrl-C, where a signal can be caught."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- Records from elsewhere --------------------------------------------------------------------
+
+
+def merge(source: Path, root: Path | None = None) -> list[str]:
+    """Take over the records of a folder, all or none; return a line for each file.
+
+    A record is refused, and with it all others, when it is damaged or was changed, when its
+    experiment or variant is not known, and when its data set has another SHA-256 than that of the
+    same name in the records there or in its own folder. A shortened record never replaces a
+    longer one, nor any record one of the same length. Raises `records.RecordError`.
+    """
+    paths = sorted(p for p in Path(source).rglob("*.json") if not p.name.startswith("."))
+    if not paths:
+        raise records.RecordError(f"no records under {source}")
+    known = {r.dataset: (r.dataset_sha256, "those here") for r in records.read_all(root=root)}
+    new, lines = [], []
+    for path in paths:
+        record = _checked(path, known)
+        where = records.record_path(record.experiment, record.variant, record.seed, record.scale,
+                                    root)  # fmt: skip
+        words = _comparison(record, where)
+        lines.append(f"{where.parent.name}/{where.name}: {words}")
+        if words != "kept, not shorter":
+            new.append((record, where))
+    _replace_all(new, root)
+    return lines
+
+
+def _checked(path: Path, known: dict) -> Record:
+    """Return the record in a file, which stays where it is whatever is wrong with it."""
+    try:
+        record = records.parse(path.read_text(encoding="utf-8"))
+        _, variants, recipes = experiments.find(record.experiment)
+        for what, name, names in (("variant", record.variant, variants),
+                                  ("scale", record.scale, recipes)):  # fmt: skip
+            if name not in names:
+                raise ValueError(f"unknown {what} {name!r}; known: {', '.join(names)}")
+        sha256, whose = known.setdefault(record.dataset, (record.dataset_sha256, path.name))
+        if sha256 != record.dataset_sha256:
+            raise ValueError(
+                f"its data set {record.dataset} has SHA-256 {record.dataset_sha256[:12]}…, "
+                f"not {sha256[:12]}… as {whose}: results on different data do not mix"
+            )
+    except (ValueError, RecursionError) as error:
+        raise records.RecordError(f"{path}: {error}; nothing was imported") from error
+    return record
+
+
+def _comparison(record: Record, where: Path) -> str:
+    """Say what a record is beside the one that is there."""
+    if not where.exists():
+        return "new"
+    there = records.read(where)
+    is_longer = there.shortened is not None and (
+        record.shortened is None or length_of(record) > length_of(there)
+    )
+    return f"replaces {there.shortened}" if is_longer else "kept, not shorter"
+
+
+def _replace_all(new: list[tuple[Record, Path]], root: Path | None) -> None:
+    """Write the records; if one cannot be written, put back what was there."""
+    before = [(path, path.read_bytes() if path.exists() else None) for _, path in new]
+    try:
+        for record, _ in new:
+            records.save(record, root, overwrite=True)
+    except BaseException:
+        for path, content in before:
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                records.write_atomically(path, content.decode())
+        raise

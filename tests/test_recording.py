@@ -1,0 +1,335 @@
+"""Recording many runs: their order, in parallel, in time, killed, failed, and imported."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bnnbook import data, experiments, recording, records
+from bnnbook.recording import Job
+
+NAME = "binaryconnect.clipping"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    """Records and data sets lie in an empty folder; the processes have one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BNNBOOK_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def small(variant="clipped", seed=0, epochs=2):
+    return Job(NAME, variant, seed, "small", epochs)
+
+
+def record(variant="clipped", seed=0, epochs=2, **changes):
+    """A made-up record of the small experiment."""
+    values = {
+        "experiment": NAME, "variant": variant, "seed": seed, "scale": "small",
+        "shortened": f"{epochs} of 12 epochs", "dataset": "digits", "dataset_sha256": "00ff",
+        "recipe": {"epochs": epochs}, "history": [{"epoch": i + 1} for i in range(epochs)],
+        "metrics": {"test_error": 0.5}, "seconds": 3.0 * epochs,
+        "environment": {"device": "Abacus 9000", "commit": "abc", "dirty": False},
+    }  # fmt: skip
+    return records.Record(**values | changes)
+
+
+def same(one: records.Record, other: records.Record) -> bool:
+    """Whether two runs gave the same numbers."""
+
+    def numbers(r):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in r.history], r.metrics
+
+    return numbers(one) == numbers(other)
+
+
+# --- What is to do -----------------------------------------------------------------------------
+
+
+def test_every_experiment_has_its_place_in_the_order():
+    assert sorted(experiments.PRIORITY) == sorted(experiments.names())
+
+
+def test_the_first_seed_of_everything_comes_first():
+    jobs = recording.all_jobs()
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+    first = [job.experiment for job in jobs if job.seed == 0]
+    assert list(dict.fromkeys(first)) == [
+        name for name in experiments.PRIORITY if "full" in experiments.find(name)[2]
+    ]
+    assert len(jobs) == len(set(jobs)) == 3 * len(first)
+
+
+def test_only_what_was_asked_for():
+    jobs = recording.all_jobs("small", [NAME], seeds=[7], epochs=2)
+    assert jobs == [small("clipped", 7), small("unclipped", 7)]
+    assert recording.all_jobs("full", [NAME]) == []  # which has no full scale
+    with pytest.raises(ValueError, match=r"unknown experiment 'binaryconnect\.table9'"):
+        recording.all_jobs(only=["binaryconnect.table9"])
+
+
+def test_the_states_of_a_run(tmp_path):
+    runs, job = tmp_path / "runs", small(epochs=None)
+
+    def kind(of=job, folders=(None,)):
+        return recording.state(of, folders, runs).kind
+
+    assert kind() == "missing"
+    records.save(record(epochs=5))
+    assert (kind(), recording.state(job, [None], runs).words) == ("shortened", "5 of 12 epochs")
+    # asked for a shorter run, a longer one will do
+    assert [kind(small(epochs=n)) for n in (4, 5, 6)] == ["recorded", "recorded", "shortened"]
+    runs.mkdir()
+    job.checkpoint(runs).touch()
+    assert kind() == "partial"
+    records.save(record(epochs=12, shortened=None), tmp_path / "elsewhere")
+    assert kind() == "partial"
+    assert kind(folders=[None, tmp_path / "elsewhere"]) == "recorded"
+    assert small().checkpoint(runs) != job.checkpoint(runs)  # another length is another run
+
+
+def test_minutes_are_those_measured_on_the_same_device():
+    records.save(record(epochs=5))
+    there = recording.seconds_an_epoch("Abacus 9000", [None])
+    assert recording.estimate(small(epochs=None), there) == 3.0 * 12
+    assert recording.estimate(small(epochs=4), there) == 3.0 * 4
+    assert recording.estimate(replace(small(), scale="full"), there) is None
+    assert recording.seconds_an_epoch("Abacus 10000", [None]) == {}
+
+
+# --- Many runs ---------------------------------------------------------------------------------
+
+
+def test_runs_side_by_side_equal_runs_one_by_one(tmp_path):
+    jobs = [small("clipped"), small("unclipped"), small("clipped", 1)]
+    said = []
+    outcome = recording.work_through(jobs, seconds=300, at_once=2, say=said.append)
+    assert sorted(map(str, outcome.done)) == sorted(map(str, jobs))
+    assert (outcome.failed, outcome.stopped, outcome.waiting) == ({}, [], [])
+    assert len(said) == 3
+    for job in jobs:
+        recording.run(job, results=tmp_path / "alone", runs=tmp_path / "alone")
+        alone = recording.read_record(job, tmp_path / "alone")
+        assert same(recording.read_record(job, None), alone)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mnist.npz").write_bytes(b"PK\x03\x04 cut short")
+    jobs = [Job("binaryconnect.table2", "none", 0, "full", 1), small()]
+    said = []
+    outcome = recording.work_through(jobs, seconds=300, say=said.append)
+    assert outcome.done == jobs[1:]
+    assert list(outcome.failed) == jobs[:1]
+    assert outcome.failed[jobs[0]].startswith("Traceback")
+    assert "mnist.npz" in outcome.failed[jobs[0]]
+    assert said[0].startswith("binaryconnect.table2 none seed 0: failed, ")
+
+
+def test_the_time_is_kept_and_a_later_call_continues(tmp_path):
+    """5000 epochs do not fit: the run is stopped with a checkpoint, which the next call finds."""
+    jobs, began = [small(epochs=5000), small("unclipped")], time.monotonic()
+    outcome = recording.work_through(jobs, seconds=20, say=lambda line: None)
+    assert time.monotonic() - began < 25
+    assert (outcome.stopped, outcome.waiting, outcome.done) == (jobs[:1], jobs[1:], [])
+    assert recording.state(jobs[0], [None], Path("runs")).kind == "partial"
+    # With a measured pace the run that fits goes first.
+    pace = {(NAME, "small"): 1.0}
+    outcome = recording.work_through(jobs, seconds=30, measured=pace, say=lambda line: None)
+    assert outcome.done == jobs[1:]
+    assert outcome.stopped == jobs[:1]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def start_worker(job, runs):
+    """Start a process that writes a checkpoint after every step."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe(duplex=False)
+    settings = "cpu", None, runs, 1, 0.0
+    process = context.Process(target=recording._work, args=(job, theirs, *settings))
+    process.start()
+    theirs.close()
+    return process, pipe
+
+
+def test_killed_and_continued_equals_uninterrupted(tmp_path):
+    job, runs = small(epochs=4), tmp_path / "runs"
+    straight, _ = recording.run(job, device="cpu", results=tmp_path / "straight", runs=runs)
+    process, _ = start_worker(job, runs)
+    wait_for(job.checkpoint(runs).exists)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert job.checkpoint(runs).exists()
+    assert recording.read_record(job, None) is None
+    resumed, path = recording.run(job, device="cpu", runs=runs)
+    assert same(resumed, straight)
+    assert not job.checkpoint(runs).exists()
+    assert records.read(path).metrics == straight.metrics
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_stays_behind(tmp_path, number):
+    """Whether the first process is asked to stop or killed, its helper saves and ends."""
+    command = [sys.executable, "-m", "bnnbook", "record", "--scale", "small", "--only", NAME,
+               "--seed", "0", "--epochs", "5000", "--checkpoint-minutes", "0.001"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    checkpoint = small(epochs=5000).checkpoint(tmp_path / "runs")
+    wait_for(checkpoint.exists)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, number)
+    out, _ = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped, its checkpoint continues it" in out
+        assert "0 recorded, 0 failed, 2 to do: the same command continues" in out
+    assert children
+    wait_for(lambda: not any(is_running(child) for child in children))
+    assert checkpoint.exists()
+    assert not list((tmp_path / "runs").glob("*.part"))
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# --- Import ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    return tmp_path / "theirs"
+
+
+def test_records_are_taken_over_unless_longer_ones_are_there(theirs):
+    records.save(record("clipped", 0, epochs=3))
+    records.save(record("clipped", 1, epochs=9))
+    records.save(record("clipped", 2, epochs=12, shortened=None))
+    new = [records.save(r, theirs) for r in (
+        record("clipped", 0, epochs=6), record("clipped", 1, epochs=9, seconds=1.0),
+        record("clipped", 2, epochs=9), record("unclipped", 0))]  # fmt: skip
+    kept = [recording.read_record(small("clipped", seed), None) for seed in (1, 2)]
+    assert recording.merge(theirs) == [
+        "small/clipped-seed0.json: replaces 3 of 12 epochs",
+        "small/clipped-seed1.json: kept, not shorter",
+        "small/clipped-seed2.json: kept, not shorter",
+        "small/unclipped-seed0.json: new",
+    ]
+    there = records.find(NAME, "clipped", 0, scale="small")
+    assert there.read_bytes() == new[0].read_bytes()
+    assert records.find(NAME, "unclipped", 0, scale="small").read_bytes() == new[3].read_bytes()
+    assert [recording.read_record(small("clipped", seed), None) for seed in (1, 2)] == kept
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def tamper(path):
+    value = json.loads(path.read_text())
+    value["metrics"]["test_error"] = 0.1
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (tamper, "its checksum does not fit: it was changed after it was written"),
+        (lambda path: rewrite(path, format=1), "its format is 1, this version reads 2"),
+        (lambda path: rewrite(path, format=3), "its format is 3, this version reads 2"),
+        (lambda path: path.write_text(path.read_text()[:200]), "Expecting|Unterminated"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "decode"),
+    ],
+    ids=["tampered", "old", "new", "cut", "bytes"],
+)
+def test_a_bad_record_is_refused_and_nothing_is_imported(theirs, damage, words):
+    records.save(record("clipped"), theirs)
+    bad = records.save(record("unclipped"), theirs)
+    damage(bad)
+    before = bad.read_bytes()
+    with pytest.raises(records.RecordError, match=words) as refused:
+        recording.merge(theirs)
+    assert str(bad) in str(refused.value)
+    assert bad.read_bytes() == before  # it is theirs: it is left where it is
+    assert not records.results_folder().exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"experiment": "toy.table"}, "unknown experiment 'toy.table'; known: "),
+        ({"variant": "pressed"}, "unknown variant 'pressed'; known: clipped, unclipped"),
+        ({"scale": "full"}, "unknown scale 'full'; known: small"),
+        ({"dataset_sha256": "1234"}, "digits has SHA-256 1234…, not 00ff… as those here"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(theirs, changes, words):
+    records.save(record("clipped", 1))
+    records.save(record(**changes), theirs)
+    with pytest.raises(records.RecordError, match=words):
+        recording.merge(theirs)
+    assert recording.read_record(small(), None) is None
+
+
+def test_their_records_must_agree_on_the_data_too(theirs):
+    records.save(record("clipped"), theirs)
+    records.save(record("unclipped", dataset_sha256="1234"), theirs)
+    with pytest.raises(records.RecordError, match=r"as clipped-seed0\.json"):
+        recording.merge(theirs)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_interrupted_import_changes_nothing(theirs, monkeypatch, error):
+    records.save(record("clipped", epochs=1))
+    records.save(record("clipped", epochs=2), theirs)
+    records.save(record("unclipped"), theirs)
+    records.save(record("unclipped", 1), theirs)
+    here = records.results_folder()
+    before = {path: path.read_bytes() for path in here.rglob("*.json")}
+    save, count = records.save, []
+
+    def interrupted(*arguments, **options):
+        count.append(1)
+        if len(count) == 3:
+            raise error
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(records, "save", interrupted)
+    with pytest.raises(type(error)):
+        recording.merge(theirs)
+    assert {path: path.read_bytes() for path in here.rglob("*.json")} == before
+    monkeypatch.undo()
+
+
+def test_what_came_back_from_another_machine_is_the_same_file(tmp_path):
+    """Recorded with --out, copied, imported: byte for byte."""
+    done, path = recording.run(small(epochs=1), results=tmp_path / "out", runs=tmp_path / "runs")
+    shutil.copytree(tmp_path / "out", tmp_path / "copied")
+    recording.merge(tmp_path / "copied", tmp_path / "mine")
+    mine = records.find(NAME, "clipped", 0, tmp_path / "mine", "small")
+    assert mine.read_bytes() == path.read_bytes()
+    assert done.dataset_sha256 == data.load("digits").sha256
