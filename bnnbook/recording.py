@@ -2,7 +2,8 @@
 
 Every run is a process of its own. One that fails, or is killed, takes no other with it, and
 several share a GPU or the cores of a CPU. Because nothing else is shared, a run's numbers do not
-depend on how many ran beside it.
+depend on how many ran beside it; on a CPU, where they share the threads, convolutions may round
+differently with another number of threads, which the record names.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from bnnbook.records import Record
 
 SEEDS = (0, 1, 2)
 GRACE = 20.0  # seconds before the end in which unfinished runs write their checkpoints
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -122,20 +125,25 @@ def length_of(record: Record) -> int:
     return int(record.recipe.get("epochs", len(record.history)))
 
 
-def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, str], float]:
-    """Return what an epoch took in the records made on a device, by experiment and scale."""
-    found: dict[tuple[str, str], float] = {}
+def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], float]:
+    """Return what an epoch took in the records made on a device.
+
+    The keys are (experiment, scale, variant) and, for variants without a record, (experiment,
+    scale).
+    """
+    found: dict[tuple[str, ...], float] = {}
     for folder in folders:
         for record in records.read_all(root=folder):
             if record.environment.get("device") == device and record.seconds and record.history:
                 key = record.experiment, record.scale
-                found[key] = record.seconds / len(record.history)
+                found[key] = found[*key, record.variant] = record.seconds / len(record.history)
     return found
 
 
-def estimate(job: Job, measured: dict[tuple[str, str], float]) -> float | None:
+def estimate(job: Job, measured: dict[tuple[str, ...], float]) -> float | None:
     """Return the seconds that a run will take, or None when nothing like it was measured."""
-    rate = measured.get((job.experiment, job.scale))
+    key = job.experiment, job.scale
+    rate = measured.get((*key, job.variant), measured.get(key))
     return None if rate is None else rate * job.planned
 
 
@@ -191,28 +199,37 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
 
     A run that cannot finish in the time that is left, judged by ``measured`` (see `estimate`), is
     passed over as long as another can; when none can, the first goes as far as it comes. What is
-    unfinished `GRACE` seconds before the end (or a tenth of the time) writes its checkpoint.
+    unfinished `GRACE` seconds before the end (or a tenth of the time) writes its checkpoint, and
+    so it does on Ctrl-C and SIGTERM. A run that another call is at work on is left to that one.
     ``say`` is given one line for each run that ended.
     """
     if at_once < 1:
         raise ValueError(f"at least one run at a time, not {at_once}")
     if seconds <= 0:
         raise ValueError(f"the time must be positive, not {seconds / 60:g} minutes")
+    _check_folders(runs, records.results_folder(results))
     crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say)
     crew.outcome.waiting = list(jobs)
     end = time.monotonic() + seconds
     last = end - min(GRACE, seconds / 10)
-    with _termination_is_an_interrupt(), crew.bar:
+    with _stops_noted() as stops, crew.bar:
         try:
-            while (crew.outcome.waiting or crew.running) and time.monotonic() < last:
+            while (crew.outcome.waiting or crew.running) and time.monotonic() < last and not stops:
                 crew.fill(last - time.monotonic(), measured or {})
-                crew.collect(last - time.monotonic())
-        except KeyboardInterrupt:
-            crew.outcome.interrupted = True
-            end = time.monotonic() + GRACE
+                crew.collect(min(0.5, last - time.monotonic()))  # then a look at ``stops``
         finally:
-            crew.dismiss(end)
+            crew.outcome.interrupted = bool(stops)
+            now = time.monotonic()
+            crew.dismiss(end if now >= last else now + GRACE)
     return crew.outcome
+
+
+def _check_folders(*folders: Path) -> None:
+    """Raise an OSError now, not after hours, for a folder that cannot be written."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written; name another folder")
 
 
 class _Crew:
@@ -239,7 +256,8 @@ class _Crew:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(job, theirs, *self.settings))
-        process.start()
+        with _stops_held_back():
+            process.start()
         theirs.close()
         self.running[ours] = job, process
         self.show()
@@ -250,8 +268,10 @@ class _Crew:
             job, process = self.running.pop(pipe)
             try:
                 kind, text = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # it died before, or while, it reported
                 kind, text = "failed", ""
+            process.join(5)
+            process.kill()  # one that has reported, and yet does not end
             process.join()
             if not text and kind == "failed":
                 text = f"the process died without a word (exit status {process.exitcode})"
@@ -290,12 +310,8 @@ class _Crew:
 
 def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None:
     """Do a job in this process, and report how it ended."""
-    # Ctrl-C on a terminal reaches every process of the group: only the first process shall hear
-    # it, which asks the others to stop once. A second signal would cut a checkpoint short.
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_stop_without_parent, daemon=True).start()
     try:
+        _hear_the_first_process_only()
         import torch
 
         from bnnbook import training
@@ -305,14 +321,104 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None
         if checkpoint_minutes is not None:
             training.CHECKPOINT_MINUTES = checkpoint_minutes
         alone = threads is None and sys.stderr.isatty()
-        done, path = run(job, device=device, results=results, runs=runs, progress=alone)
-        pipe.send(("done", in_words(job, done, path)))
+        report = _run_unless_another_does(job, device, results, runs, alone)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late: the record is there
     except KeyboardInterrupt:
         there = job.checkpoint(runs).exists()
         what = "its checkpoint continues it" if there else "nothing was saved yet"
-        pipe.send(("stopped", f"{job}: stopped, {what}"))
+        report = "stopped", f"{job}: stopped, {what}"
     except BaseException:  # whatever it is, the other runs go on
-        pipe.send(("failed", traceback.format_exc()))
+        report = "failed", traceback.format_exc()
+    with contextlib.suppress(BrokenPipeError):  # the first process has died
+        pipe.send(report)
+
+
+def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -> tuple[str, str]:
+    """Run a job, and return how it ended; leave it to another process that is at work on it."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with _lock(job.checkpoint(runs)) as is_ours:
+        if not is_ours:
+            return "stopped", f"{job}: left to another process, which is at work on it"
+        if state(job, [results], runs).is_done:
+            return "done", f"{job}: recorded by another process"
+        _remove_parts(job, results, runs)
+        done, path = run(job, device=device, results=results, runs=runs, progress=progress)
+        return "done", in_words(job, done, path)
+
+
+@contextlib.contextmanager
+def _lock(checkpoint: Path):
+    """Hold the lock of a run; yield whether it is ours. A process that dies lets go of it."""
+    import fcntl  # not on Windows
+
+    path = checkpoint.with_name(f"{checkpoint.name}.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            yield True
+            return
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            yield False  # whoever held it before has just removed the file that we locked
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_parts(job: Job, results: Path | None, runs: Path) -> None:
+    """Remove the half-written files of a process that was killed at this job."""
+    checkpoint = job.checkpoint(runs)
+    record = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)
+    for part in (*runs.glob(f"{checkpoint.name}.*.part"), *checkpoint.glob("*.part"),
+                 *record.parent.glob(f".{record.name}.*.part")):  # fmt: skip
+        part.unlink(missing_ok=True)
+
+
+# --- Signals -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stops_noted():
+    """Yield a list to which Ctrl-C and SIGTERM are added; they interrupt nothing."""
+    stops: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stops
+        return
+    before = [signal.signal(n, lambda number, frame: stops.append(number)) for n in STOPS]
+    try:
+        yield stops
+    finally:
+        for number, handler in zip(STOPS, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stops_held_back():
+    """Let a process that is started here get Ctrl-C and SIGTERM only when it is ready to."""
+    resource_tracker.ensure_running()  # which multiprocessing starts first, and then lets them by
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _hear_the_first_process_only() -> None:
+    """Make SIGTERM, also one that came meanwhile, a KeyboardInterrupt; and Ctrl-C nothing.
+
+    Ctrl-C on a terminal reaches every process of the group. Only the first process shall hear it,
+    which asks the others to stop once: a second signal would cut a checkpoint short.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _interrupt(number, frame) -> None:
@@ -325,19 +431,6 @@ def _stop_without_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _termination_is_an_interrupt():
-    """Treat SIGTERM like Ctrl-C, where a signal can be caught."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # --- Records from elsewhere --------------------------------------------------------------------
 
 
@@ -347,22 +440,26 @@ def merge(source: Path, root: Path | None = None) -> list[str]:
     A record is refused, and with it all others, when it is damaged or was changed, when its
     experiment or variant is not known, and when its data set has another SHA-256 than that of the
     same name in the records there or in its own folder. A shortened record never replaces a
-    longer one, nor any record one of the same length. Raises `records.RecordError`.
+    longer one, nor any record one of the same length. Ctrl-C waits until the files are written.
+    Raises `records.RecordError`.
     """
     paths = sorted(p for p in Path(source).rglob("*.json") if not p.name.startswith("."))
     if not paths:
         raise records.RecordError(f"no records under {source}")
     known = {r.dataset: (r.dataset_sha256, "those here") for r in records.read_all(root=root)}
-    new, lines = [], []
+    new: dict[Path, Record] = {}
+    lines = []
     for path in paths:
         record = _checked(path, known)
         where = records.record_path(record.experiment, record.variant, record.seed, record.scale,
                                     root)  # fmt: skip
-        words = _comparison(record, where)
+        there = new.get(where) or (records.read(where) if where.exists() else None)
+        words = _comparison(record, there)
         lines.append(f"{where.parent.name}/{where.name}: {words}")
         if words != "kept, not shorter":
-            new.append((record, where))
-    _replace_all(new, root)
+            new[where] = record
+    with _stops_noted():
+        _replace_all(new, root)
     return lines
 
 
@@ -386,22 +483,21 @@ def _checked(path: Path, known: dict) -> Record:
     return record
 
 
-def _comparison(record: Record, where: Path) -> str:
+def _comparison(record: Record, there: Record | None) -> str:
     """Say what a record is beside the one that is there."""
-    if not where.exists():
+    if there is None:
         return "new"
-    there = records.read(where)
     is_longer = there.shortened is not None and (
         record.shortened is None or length_of(record) > length_of(there)
     )
     return f"replaces {there.shortened}" if is_longer else "kept, not shorter"
 
 
-def _replace_all(new: list[tuple[Record, Path]], root: Path | None) -> None:
+def _replace_all(new: dict[Path, Record], root: Path | None) -> None:
     """Write the records; if one cannot be written, put back what was there."""
-    before = [(path, path.read_bytes() if path.exists() else None) for _, path in new]
+    before = [(path, path.read_bytes() if path.exists() else None) for path in new]
     try:
-        for record, _ in new:
+        for record in new.values():
             records.save(record, root, overwrite=True)
     except BaseException:
         for path, content in before:

@@ -49,12 +49,14 @@ def test_an_unknown_variant_or_scale_lists_the_known():
 def test_every_variant_has_a_recipe_of_its_own(scale):
     variants = martinez2020.VARIANTS["pieces"]
     assert list(martinez2020.PAPER["pieces"]) == list(variants)
-    assert len({martinez2020.find_recipe(v, scale, None) for v in variants}) == len(variants)
-    assert martinez2020.find_recipe("full", scale, 3).epochs == 3
+    assert len({martinez2020.find_recipe("pieces", v, scale, None) for v in variants}) == len(
+        variants
+    )
+    assert martinez2020.find_recipe("pieces", "full", scale, 3).epochs == 3
 
 
 def test_the_full_recipe_has_the_papers_numbers():
-    full = martinez2020.find_recipe("baseline", "full", None)
+    full = martinez2020.find_recipe("pieces", "baseline", "full", None)
     assert (full.lr, full.last_lr, full.weight_decay) == (1e-3, 2e-4, 1e-5)
     assert (full.batch_size, full.warmup, full.dataset) == (128, 5, "cifar100")
     assert [round(350 * drop) for drop in martinez2020.DROPS] == [150, 250, 320]
@@ -220,7 +222,7 @@ def test_a_run_continues_from_its_folder(tmp_path):
 def test_a_record_is_complete(tmp_path, monkeypatch):
     monkeypatch.setitem(martinez2020.RECIPES["pieces"], "small", replace(TINY, epochs=2))
     record = martinez2020.pieces("full", epochs=1, device="cpu", progress=False)
-    recipe = martinez2020.find_recipe("full", "small", 1)
+    recipe = martinez2020.find_recipe("pieces", "full", "small", 1)
     assert (record.experiment, record.variant) == ("martinez2020.pieces", "full")
     assert record.shortened == "1 of 2 epochs"
     expected = {**asdict(recipe), "precision": "float32", "blocks": recipe.blocks}

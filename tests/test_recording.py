@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,13 @@ def test_minutes_are_those_measured_on_the_same_device():
     assert recording.seconds_an_epoch("Abacus 10000", [None]) == {}
 
 
+def test_each_variant_has_minutes_of_its_own():
+    records.save(record("clipped", seconds=2.0))
+    records.save(record("unclipped", seconds=8.0))
+    there = recording.seconds_an_epoch("Abacus 9000", [None])
+    assert [recording.estimate(small(v), there) for v in ("clipped", "unclipped")] == [2.0, 8.0]
+
+
 # --- Many runs ---------------------------------------------------------------------------------
 
 
@@ -186,6 +194,118 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path):
     assert same(resumed, straight)
     assert not job.checkpoint(runs).exists()
     assert records.read(path).metrics == straight.metrics
+
+
+def test_a_process_that_still_starts_is_stopped_and_has_not_failed():
+    """Python needs seconds to import torch: until then it must not die of SIGTERM."""
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    outcome = recording.work_through([small(epochs=5000)], seconds=300, say=lambda line: None)
+    assert outcome.interrupted
+    assert (outcome.stopped, outcome.failed) == ([small(epochs=5000)], {})
+
+
+def test_a_signal_while_a_process_ends_loses_no_job(monkeypatch):
+    """What a process reported is noted, whenever Ctrl-C comes."""
+
+    class Ends(Reported):
+        def join(self, timeout=None):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def start(crew, job):
+        pipe, theirs = multiprocessing.Pipe(duplex=False)
+        theirs.send(("done", "recorded"))
+        crew.running[pipe] = job, Ends()
+
+    monkeypatch.setattr(recording._Crew, "start", start)
+    outcome = recording.work_through([small(), small(seed=1)], seconds=9, say=lambda line: None)
+    assert (outcome.done, outcome.waiting) == ([small()], [small(seed=1)])
+    assert outcome.interrupted
+
+
+class Reported:
+    """A process that has reported and yet does not end."""
+
+    exitcode, killed = -9, False
+
+    def join(self, timeout=None):
+        assert timeout is not None or self.killed, "it waits for ever"
+
+    def kill(self):
+        self.killed = True
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0\1\0 cut short"], ids=["nothing", "half"])
+def test_a_process_that_dies_while_it_reports_has_failed(sent):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), sent)
+    theirs.close()
+    said = []
+    crew = recording._Crew("cpu", None, Path("runs"), 1, None, said.append)
+    crew.running[ours] = small(), Reported()
+    crew.collect(1)
+    words = "the process died without a word (exit status -9)"
+    assert crew.outcome.failed == {small(): words}
+    assert said == [f"{small()}: failed, {words}"]
+
+
+def test_one_of_two_calls_runs_a_job(tmp_path):
+    job, said = small(), []
+    Path("runs").mkdir()
+    with recording._lock(job.checkpoint(Path("runs"))) as is_ours:
+        assert is_ours
+        with recording._lock(job.checkpoint(Path("runs"))) as is_another:
+            assert not is_another
+        outcome = recording.work_through([job], seconds=60, say=said.append)
+    assert (outcome.stopped, outcome.failed) == ([job], {})
+    assert said == [f"{job}: left to another process, which is at work on it"]
+    path = records.save(record())
+    before = path.read_bytes()
+    outcome = recording.work_through([job], seconds=60, say=said.append)
+    assert outcome.done == [job]
+    assert said[1:] == [f"{job}: recorded by another process"]
+    assert path.read_bytes() == before
+    assert not list(Path("runs").iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    checkpoint = small(epochs=1).checkpoint(tmp_path / "runs")
+    path = records.record_path(NAME, "clipped", 0, "small")
+    parts = [
+        tmp_path / "runs" / f"{checkpoint.name}.17.part",
+        path.with_name(f".{path.name}.17.part"),
+    ]
+    other = path.with_name(".unclipped-seed0.json.17.part")
+    for part in (*parts, other):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    folder = Job("binaryconnect.table1", "adam", 0).checkpoint(tmp_path / "runs")
+    folder.mkdir()
+    (folder / "run.pt.17.part").touch()
+    recording.work_through([small(epochs=1)], seconds=60, say=lambda line: None)
+    assert [part.exists() for part in (*parts, other)] == [False, False, True]
+    recording._remove_parts(Job("binaryconnect.table1", "adam", 0), None, tmp_path / "runs")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["results", "runs"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_hours_of_work(monkeypatch, folder):
+    monkeypatch.setattr(recording._Crew, "start", lambda crew, job: pytest.fail("it began"))
+    Path("file").touch()
+    with pytest.raises(OSError, match="file"):
+        recording.work_through([small()], seconds=9, **{folder: Path("file") / "in it"})
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "read-only")
+    with pytest.raises(PermissionError, match="read-only cannot be written"):
+        recording.work_through([small()], seconds=9, **{folder: Path("read-only")})
+
+
+def test_a_worker_without_a_first_process_ends_in_silence(tmp_path, capfd):
+    job = small(epochs=5000)
+    process, pipe = start_worker(job, tmp_path / "runs")
+    pipe.close()
+    wait_for(job.checkpoint(tmp_path / "runs").exists)
+    process.terminate()
+    process.join(60)
+    assert (process.exitcode, capfd.readouterr().err) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
@@ -300,6 +420,32 @@ def test_their_records_must_agree_on_the_data_too(theirs):
     records.save(record("unclipped", dataset_sha256="1234"), theirs)
     with pytest.raises(records.RecordError, match=r"as clipped-seed0\.json"):
         recording.merge(theirs)
+
+
+def test_of_several_records_of_a_run_the_longest_is_taken(theirs):
+    for folder, epochs in (("a", 5), ("b", 9), ("c", 2)):
+        records.save(record(epochs=epochs), theirs / folder)
+    assert recording.merge(theirs) == [
+        "small/clipped-seed0.json: new",
+        "small/clipped-seed0.json: replaces 5 of 12 epochs",
+        "small/clipped-seed0.json: kept, not shorter",
+    ]
+    assert recording.read_record(small(), None).shortened == "9 of 12 epochs"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_an_import_is_written(theirs, monkeypatch, number):
+    records.save(record("clipped"), theirs)
+    records.save(record("unclipped"), theirs)
+    write = records.write_atomically
+
+    def interrupted(path, text):
+        os.kill(os.getpid(), number)
+        write(path, text)
+
+    monkeypatch.setattr(records, "write_atomically", interrupted)
+    recording.merge(theirs)
+    assert len(list(records.read_all())) == 2
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

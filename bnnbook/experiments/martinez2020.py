@@ -69,11 +69,12 @@ CHANGES = {
 VARIANTS = {"pieces": tuple(CHANGES)}
 
 
-def find_recipe(variant: str, scale: str, epochs: int | None) -> Recipe:
+def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale, shortened to ``epochs`` a step."""
-    check_name("variant", variant, VARIANTS["pieces"], "martinez2020.pieces")
-    check_name("scale", scale, RECIPES["pieces"], "martinez2020.pieces")
-    recipe = replace(RECIPES["pieces"][scale], **CHANGES[variant])
+    name = f"martinez2020.{experiment}"
+    check_name("variant", variant, VARIANTS[experiment], name)
+    check_name("scale", scale, RECIPES[experiment], name)
+    recipe = replace(RECIPES[experiment][scale], **CHANGES[variant])
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
 
@@ -280,7 +281,7 @@ def pieces(variant: str = "full", *, seed: int = 0, scale: str = "small",
     scale, the data-driven one alone; progressive, attention and logits in three steps; full, all.
     ``epochs`` shortens the recipe; ``run`` is device, checkpoint, progress of `fit`.
     """
-    fitted = fit(find_recipe(variant, scale, epochs), seed=seed, **run)
+    fitted = fit(find_recipe("pieces", variant, scale, epochs), seed=seed, **run)
     return make_record(variant, seed, scale, fitted)
 
 

@@ -73,7 +73,8 @@ def forward_scaled_sign(w: Tensor) -> Tensor:
     `magnitude_aware_sign` it is left out of the backward pass: so do the PyTorch code of Bi-Real
     Net and the latent mode of Quist et al.'s released code.
     """
-    return w + (magnitude_aware_sign(w, None) - w).detach()
+    # w minus itself is exactly 0, and has a gradient
+    return magnitude_aware_sign(w, None).detach() + (w - w.detach())
 
 
 QUANTIZERS = {"sign": partial(ste_sign, clip_value=None), "scaled": forward_scaled_sign}
