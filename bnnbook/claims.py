@@ -3,7 +3,7 @@
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
@@ -107,6 +107,56 @@ def check(
         raise ValueError(f"{id} is already the id of another claim: {before.statement!r}")
     _checked[id] = claim
     return claim
+
+
+def check_recorded(
+    id: str,
+    statement: str,
+    experiment: str,
+    variants: Sequence[str],
+    value: Callable[[dict[str, records.Record]], float],
+    above: float = 0.0,
+    *,
+    paper: str | None = None,
+    source: str | None = None,
+    unit: str = "",
+    shortened: bool = False,
+    root=None,
+) -> Claim:
+    """State a claim on an experiment's full-scale records; it is open while a variant has none.
+
+    For each seed that all ``variants`` have, ``value`` makes a number of their records, a dict by
+    variant; the claim holds if their mean is greater than ``above``. Only runs of the whole recipe
+    count, unless ``shortened`` lets others in: then the longest that all variants have, and their
+    length stands behind the ``unit``.
+
+    Raises ValueError as `check` does, and for no variants. ``root`` as in `records.load`.
+    """
+    sets = _recorded_sets(experiment, variants, shortened, root)
+    if not sets:
+        return check(id, statement, paper, scale="full", unit=unit, source=source)
+    runs = [run for found in sets for run in found.values()]
+    measured = [value(found) for found in sets]
+    return check(
+        id, statement, paper, measured, statistics.fmean(measured) > above, "full",
+        unit=", ".join(filter(None, (unit, runs[0].shortened))),
+        hardware=", ".join(sorted({run.environment["device"] for run in runs})), source=source,
+    )  # fmt: skip
+
+
+def _recorded_sets(experiment, variants, shortened, root) -> list[dict[str, records.Record]]:
+    """Return for each seed one record of every variant, all of the longest common length."""
+    if not variants:
+        raise ValueError(f"{experiment}: name at least one variant")
+    found: dict[tuple[int, int], dict[str, records.Record]] = {}
+    known = experiment in records.experiments(root)
+    for run in records.read_all(experiment, root) if known else ():
+        counts = run.scale == "full" and (shortened or not run.shortened)
+        if counts and run.variant in variants:
+            found.setdefault((run.recipe["epochs"], run.seed), {})[run.variant] = run
+    complete = {key: runs for key, runs in found.items() if len(runs) == len(set(variants))}
+    longest = max((epochs for epochs, _ in complete), default=None)
+    return [complete[key] for key in sorted(complete) if key[0] == longest]
 
 
 def _check_texts(id, statement, paper, unit, hardware, source) -> None:

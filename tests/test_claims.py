@@ -32,6 +32,25 @@ def test_doctests():
     assert result.failed == 0
 
 
+def save(root, variant, error, seed=0, epochs=4, device="a GPU", **changes):
+    values = {
+        "experiment": "toy.sweep", "variant": variant, "seed": seed, "scale": "full",
+        "shortened": None if epochs == 4 else f"{epochs} of 4 epochs", "dataset": "digits",
+        "dataset_sha256": "0" * 64, "seconds": 1.0, "environment": {"device": device},
+        "recipe": {"epochs": epochs}, "metrics": {"test_error": error},
+    }  # fmt: skip
+    records.save(records.Record(**values | changes), root)
+
+
+def check_recorded(root, **changes):
+    values = {"variants": ["sgd", "adam"], "above": 1.0, "paper": "2 points", "unit": "points"}
+    return claims.check_recorded(
+        "toy.sweep", "Adam is better by a point.", "toy.sweep", root=root,
+        value=lambda r: 100 * (r["sgd"].metrics["test_error"] - r["adam"].metrics["test_error"]),
+        **values | changes,
+    )  # fmt: skip
+
+
 # --- Verdicts ----------------------------------------------------------------------------------
 
 
@@ -369,3 +388,64 @@ def test_from_notebook_refuses_what_is_not_a_sound_claim():
 def test_claims_do_not_import_ipython():
     code = "import sys, bnnbook.claims; sys.exit('IPython' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- Claims on records -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("adam", "verdict"), [(0.09, "reproduced"), (0.11, "not reproduced")])
+def test_a_claim_on_records_compares_the_means_over_common_seeds(tmp_path, adam, verdict):
+    for seed, sgd in enumerate((0.10, 0.12)):
+        save(tmp_path, "sgd", sgd, seed)
+        save(tmp_path, "adam", adam, seed)
+    save(tmp_path, "adam", 0.9, seed=2)  # without a partner
+    save(tmp_path, "lion", 0.0)
+    claim = check_recorded(tmp_path)
+    assert claim.verdict == verdict
+    assert claim.measured["values"] == pytest.approx([100 * (0.10 - adam), 100 * (0.12 - adam)])
+    assert (claim.scale, claim.hardware, claim.paper) == ("full", "a GPU", "2 points")
+    assert claim.measured["unit"] == "points"
+
+
+def test_a_tie_is_no_gain(tmp_path):
+    save(tmp_path, "sgd", 0.10)
+    save(tmp_path, "adam", 0.10)
+    assert check_recorded(tmp_path, above=0.0).verdict == "not reproduced"
+
+
+def test_a_claim_whose_records_are_not_all_there_is_open(tmp_path):
+    assert check_recorded(tmp_path).verdict == claims.OPEN  # not even the experiment's folder
+    save(tmp_path, "sgd", 0.10)
+    save(tmp_path, "adam", 0.05, seed=1)
+    save(tmp_path, "adam", 0.05, scale="small")
+    save(tmp_path, "sgd", 0.10, seed=2, epochs=2)
+    save(tmp_path, "adam", 0.05, seed=2)
+    assert check_recorded(tmp_path).verdict == claims.OPEN
+    save(tmp_path, "adam", 0.05)
+    assert check_recorded(tmp_path).verdict == "reproduced"
+
+
+def test_shortened_runs_count_only_where_they_are_let_in(tmp_path):
+    for epochs, adam in ((1, 0.2), (2, 0.05), (3, 0.3)):
+        save(tmp_path, "adam", adam, epochs=epochs, seed=epochs)
+        if epochs < 3:
+            save(tmp_path, "sgd", 0.10, epochs=epochs, seed=epochs, device="a CPU")
+    assert check_recorded(tmp_path).verdict == claims.OPEN
+    claim = check_recorded(tmp_path, shortened=True)  # the longest that both have: two epochs
+    assert claim.measured["values"] == pytest.approx([5.0])
+    assert claim.measured["text"] == "5.00 points, 2 of 4 epochs (n = 1)"
+    assert claim.hardware == "a CPU, a GPU"
+    for variant, error in (("sgd", 0.10), ("adam", 0.08)):
+        save(tmp_path, variant, error)
+    claim = check_recorded(tmp_path, shortened=True)  # a whole run is longer than any
+    assert claim.measured["text"] == "2.00 points (n = 1)"
+
+
+def test_a_claim_on_records_names_variants_and_gives_finite_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"toy\.sweep: name at least one variant"):
+        check_recorded(tmp_path, variants=[])
+    save(tmp_path, "sgd", 0.10)
+    save(tmp_path, "adam", 0.05)
+    with pytest.raises(ValueError, match="measured holds nan"):
+        claims.check_recorded("toy.nan", "None.", "toy.sweep", ["sgd"], lambda r: float("nan"),
+                              root=tmp_path)  # fmt: skip
