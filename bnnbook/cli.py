@@ -176,10 +176,13 @@ def _run_one(job, device, results, runs: Path) -> None:
 
     runs.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had is an error right away
     checkpoint = job.checkpoint(runs)
-    what = f"{job} ({job.scale} scale)"
-    typer.echo(f"{what}{' continues' if checkpoint.exists() else ''} ...")
     try:
-        done, path = recording.run(job, device=device, results=results, runs=runs)
+        with recording.lock(checkpoint) as is_ours:
+            if not is_ours:
+                raise ValueError(f"{job}: another process is at work on it in {runs}; wait for it")
+            goes_on = " continues" if checkpoint.exists() else ""
+            typer.echo(f"{job} ({job.scale} scale){goes_on} ...")
+            done, path = recording.run(job, device=device, results=results, runs=runs)
     except KeyboardInterrupt:
         where = f"{checkpoint} holds the run, the same command continues it"
         typer.echo(f"stopped; {where if checkpoint.exists() else 'nothing was saved'}", err=True)

@@ -336,7 +336,7 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None
 def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -> tuple[str, str]:
     """Run a job, and return how it ended; leave it to another process that is at work on it."""
     runs.mkdir(parents=True, exist_ok=True)
-    with _lock(job.checkpoint(runs)) as is_ours:
+    with lock(job.checkpoint(runs)) as is_ours:
         if not is_ours:
             return "stopped", f"{job}: left to another process, which is at work on it"
         if state(job, [results], runs).is_done:
@@ -347,10 +347,16 @@ def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -
 
 
 @contextlib.contextmanager
-def _lock(checkpoint: Path):
-    """Hold the lock of a run; yield whether it is ours. A process that dies lets go of it."""
-    import fcntl  # not on Windows
+def lock(checkpoint: Path):
+    """Hold the lock of a run; yield whether it is ours. A process that dies lets go of it.
 
+    Where there are no such locks (Windows, some network file systems) it is always ours.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
     path = checkpoint.with_name(f"{checkpoint.name}.lock")
     with path.open("w") as file:
         try:

@@ -298,6 +298,18 @@ def test_a_folder_for_checkpoints_that_cannot_be_had_is_an_error_before_the_run(
     assert toy.calls == []
 
 
+def test_a_run_that_another_process_is_at_work_on_is_left_to_it(monkeypatch, capsys, toy):
+    Path("runs").mkdir()
+    with recording.lock(
+        recording.Job("toy.table", "a", 0, "small", None).checkpoint(Path("runs"))
+    ):
+        line = refused(monkeypatch, capsys, "run", "toy.table", "--variant", "a")
+    assert "toy.table a seed 0: another process is at work on it" in line
+    assert toy.calls == []
+    invoke("run", "toy.table", "--variant", "a")
+    assert len(toy.calls) == 1
+
+
 def test_an_unexpected_error_is_not_hidden(monkeypatch, toy):
     toy.then = lambda: {}["gone"]
     monkeypatch.setattr(sys, "argv", ["bnnbook", "run", "toy.table"])

@@ -380,6 +380,12 @@ def test_a_rate_that_diverges_loses(full_table1, monkeypatch):
     assert trials[1] < 1
 
 
+def test_the_time_of_the_trials_counts(full_table1, monkeypatch):
+    monkeypatch.setattr(binaryconnect, "try_rates", lambda *_: ({0.01: 0.5}, 1000.0))
+    record = binaryconnect.table1("adam", scale="full", device="cpu")
+    assert 1000 <= record.seconds < 1100
+
+
 def test_an_interrupted_trial_continues(full_table1, tmp_path, monkeypatch, press_ctrl_c_at):
     """A folder keeps each trial and the run, so that no trial has to be run twice."""
     straight = binaryconnect.table1("nesterov-scaled", scale="full", device="cpu")

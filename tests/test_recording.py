@@ -251,9 +251,9 @@ def test_a_process_that_dies_while_it_reports_has_failed(sent):
 def test_one_of_two_calls_runs_a_job(tmp_path):
     job, said = small(), []
     Path("runs").mkdir()
-    with recording._lock(job.checkpoint(Path("runs"))) as is_ours:
+    with recording.lock(job.checkpoint(Path("runs"))) as is_ours:
         assert is_ours
-        with recording._lock(job.checkpoint(Path("runs"))) as is_another:
+        with recording.lock(job.checkpoint(Path("runs"))) as is_another:
             assert not is_another
         outcome = recording.work_through([job], seconds=60, say=said.append)
     assert (outcome.stopped, outcome.failed) == ([job], {})

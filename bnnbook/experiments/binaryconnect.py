@@ -300,15 +300,17 @@ def table1(variant: str = "adam-scaled", *, seed: int = 0, scale: str = "small",
     recipe = find_recipe("table1", variant, scale, epochs)
     optimizer, _, scaling = variant.partition("-")
     recipe = replace(recipe, optimizer=optimizer, lr_scaling=bool(scaling))
-    tried = {}
+    tried, spent = {}, 0.0
     if lr is None and scale == "full":
         folder = checkpoint and Path(checkpoint)
-        tried = try_rates(recipe, seed, folder, run)
+        tried, spent = try_rates(recipe, seed, folder, run)
         lr, checkpoint = min(tried, key=tried.get), folder and folder / "run.pt"
     recipe = at_rate(recipe, recipe.lr_start if lr is None else lr)
     fitted = fit(recipe, "deterministic", seed=seed, checkpoint=checkpoint, **run)
     trials = {f"validation error, trial at {rate:g}": error for rate, error in tried.items()}
-    return make_record("table1", variant, seed, scale, fitted, trials)
+    record = make_record("table1", variant, seed, scale, fitted, trials)
+    record.seconds = round(record.seconds + spent, 1)
+    return record
 
 
 def at_rate(recipe: Recipe, lr: float) -> Recipe:
@@ -316,12 +318,14 @@ def at_rate(recipe: Recipe, lr: float) -> Recipe:
     return replace(recipe, lr_start=lr, lr_end=lr / 1000)
 
 
-def try_rates(recipe: Recipe, seed: int, folder: Path | None, run: dict) -> dict[float, float]:
-    """Return the validation error after `TRIAL_EPOCHS` at each of `RATES`; 1 if it diverged.
+def try_rates(recipe: Recipe, seed: int, folder: Path | None,
+              run: dict) -> tuple[dict[float, float], float]:  # fmt: skip
+    """Return the validation error after `TRIAL_EPOCHS` at each of `RATES`, and the seconds.
 
-    A trial is the recipe shortened: its rate, too, falls to a thousandth.
+    The error is 1 where the loss diverged; the seconds leave such a trial out. A trial is the
+    recipe shortened: its rate, too, falls to a thousandth.
     """
-    errors = {}
+    errors, seconds = {}, 0.0
     for rate in RATES:
         trial = at_rate(replace(recipe, epochs=min(TRIAL_EPOCHS, recipe.epochs)), rate)
         path = folder and folder / f"trial{rate:g}.pt"
@@ -331,7 +335,8 @@ def try_rates(recipe: Recipe, seed: int, folder: Path | None, run: dict) -> dict
             errors[rate] = 1.0
         else:
             errors[rate] = 1 - fitted.history.rows[-1]["validation_accuracy"]
-    return errors
+            seconds += sum(row["seconds"] for row in fitted.history.rows)
+    return errors, seconds
 
 
 def clipping(variant: str = "clipped", *, seed: int = 0, scale: str = "small",
