@@ -116,6 +116,7 @@ def check_recorded(
     variants: Sequence[str],
     value: Callable[[dict[str, records.Record]], float],
     above: float = 0.0,
+    below: float = math.inf,
     *,
     paper: str | None = None,
     source: str | None = None,
@@ -126,9 +127,9 @@ def check_recorded(
     """State a claim on an experiment's full-scale records; it is open while a variant has none.
 
     For each seed that all ``variants`` have, ``value`` makes a number of their records, a dict by
-    variant; the claim holds if their mean is greater than ``above``. Only runs of the whole recipe
-    count, unless ``shortened`` lets others in: then the longest that all variants have, and their
-    length stands behind the ``unit``.
+    variant; the claim holds if their mean lies between ``above`` and ``below``. Only runs of the
+    whole recipe count, unless ``shortened`` lets others in: then the longest that all variants
+    have, and their length stands behind the ``unit``. Runs of another precision are not compared.
 
     Raises ValueError as `check` does, and for no variants. ``root`` as in `records.load`.
     """
@@ -138,7 +139,7 @@ def check_recorded(
     runs = [run for found in sets for run in found.values()]
     measured = [value(found) for found in sets]
     return check(
-        id, statement, paper, measured, statistics.fmean(measured) > above, "full",
+        id, statement, paper, measured, above < statistics.fmean(measured) < below, "full",
         unit=", ".join(filter(None, (unit, runs[0].shortened))),
         hardware=", ".join(sorted({run.environment["device"] for run in runs})), source=source,
     )  # fmt: skip
@@ -148,14 +149,15 @@ def _recorded_sets(experiment, variants, shortened, root) -> list[dict[str, reco
     """Return for each seed one record of every variant, all of the longest common length."""
     if not variants:
         raise ValueError(f"{experiment}: name at least one variant")
-    found: dict[tuple[int, int], dict[str, records.Record]] = {}
+    found: dict[tuple[int, int, str], dict[str, records.Record]] = {}
     known = experiment in records.experiments(root)
     for run in records.read_all(experiment, root) if known else ():
         counts = run.scale == "full" and (shortened or not run.shortened)
         if counts and run.variant in variants:
-            found.setdefault((run.recipe["epochs"], run.seed), {})[run.variant] = run
+            key = run.recipe["epochs"], run.seed, run.recipe.get("precision", "float32")
+            found.setdefault(key, {})[run.variant] = run
     complete = {key: runs for key, runs in found.items() if len(runs) == len(set(variants))}
-    longest = max((epochs for epochs, _ in complete), default=None)
+    longest = max((key[0] for key in complete), default=None)
     return [complete[key] for key in sorted(complete) if key[0] == longest]
 
 

@@ -32,12 +32,13 @@ def test_doctests():
     assert result.failed == 0
 
 
-def save(root, variant, error, seed=0, epochs=4, device="a GPU", **changes):
+def save(root, variant, error, seed=0, epochs=4, device="a GPU", precision="float32",
+         **changes):  # fmt: skip
     values = {
         "experiment": "toy.sweep", "variant": variant, "seed": seed, "scale": "full",
         "shortened": None if epochs == 4 else f"{epochs} of 4 epochs", "dataset": "digits",
         "dataset_sha256": "0" * 64, "seconds": 1.0, "environment": {"device": device},
-        "recipe": {"epochs": epochs}, "metrics": {"test_error": error},
+        "recipe": {"epochs": epochs, "precision": precision}, "metrics": {"test_error": error},
     }  # fmt: skip
     records.save(records.Record(**values | changes), root)
 
@@ -405,6 +406,19 @@ def test_a_claim_on_records_compares_the_means_over_common_seeds(tmp_path, adam,
     assert claim.measured["values"] == pytest.approx([100 * (0.10 - adam), 100 * (0.12 - adam)])
     assert (claim.scale, claim.hardware, claim.paper) == ("full", "a GPU", "2 points")
     assert claim.measured["unit"] == "points"
+
+
+def test_a_claim_on_records_can_be_too_good(tmp_path):
+    save(tmp_path, "sgd", 0.10)
+    save(tmp_path, "adam", 0.05)
+    assert check_recorded(tmp_path, below=5.1).verdict == "reproduced"
+    assert check_recorded(tmp_path, below=4.9).verdict == "not reproduced"
+
+
+def test_runs_of_another_precision_are_not_compared(tmp_path):
+    save(tmp_path, "sgd", 0.10)
+    save(tmp_path, "adam", 0.05, precision="bfloat16")
+    assert check_recorded(tmp_path).verdict == claims.OPEN
 
 
 def test_a_tie_is_no_gain(tmp_path):
