@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from bnnbook.binarize import ste_sign
@@ -60,5 +61,7 @@ def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
 def _norm(channels: int, kind: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
     """Return batch normalisation with a learned shift and no gain, as Keras's scale=False."""
     norm = kind(channels, eps=1e-3, momentum=0.01)
-    norm.register_parameter("weight", None)
+    # a constant gain of 1: without any, CUDA's backward pass has no gradient for the shift
+    del norm.weight
+    norm.register_buffer("weight", torch.ones(channels), persistent=False)
     return norm
