@@ -79,6 +79,15 @@ def test_the_rate_warms_up_and_drops_where_the_paper_drops_it():
     assert martinez2020.rate_factor(0, recipe, 0) == 1
 
 
+@pytest.mark.parametrize(("epochs", "warmup"), [(6, 0), (12, 1), (36, 3), (60, 5), (120, 5)])
+def test_a_shortened_run_has_a_shortened_warm_up(epochs, warmup):
+    recipe = martinez2020.find_recipe("pieces", "full", "full", epochs)
+    assert (recipe.epochs, recipe.warmup) == (epochs, warmup)
+    factors = [martinez2020.rate_factor(e, recipe, recipe.warmup) for e in range(epochs)]
+    assert max(factors) == factors[warmup] == 1  # the whole rate, before the first drop
+    assert factors[-1] < 0.02  # six epochs are too coarse for the third drop
+
+
 def test_the_papers_numbers_rise_with_every_piece():
     numbers = martinez2020.PAPER["pieces"]
     order = [numbers[v] for v in ("baseline", "attention", "attention-logits", "progressive",

@@ -2,6 +2,7 @@
 
 In the comments "paper" names a value's source; what has none is this book's own choice. The
 paper's mixup is left out, and its 350 epochs a step are shortened, with the drops in proportion.
+The warm-up stays, but in runs shorter than the recipe it is shortened in proportion, too.
 """
 
 import copy
@@ -70,12 +71,15 @@ VARIANTS = {"pieces": tuple(CHANGES)}
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
-    """Return a variant's recipe at a scale, shortened to ``epochs`` a step."""
+    """Return a variant's recipe at a scale, ``epochs`` a step long; fewer shorten its warm-up."""
     name = f"martinez2020.{experiment}"
     check_name("variant", variant, VARIANTS[experiment], name)
     check_name("scale", scale, RECIPES[experiment], name)
     recipe = replace(RECIPES[experiment][scale], **CHANGES[variant])
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    if epochs is None:
+        return recipe
+    warmup = round(recipe.warmup * min(1, epochs / recipe.epochs))
+    return replace(recipe, epochs=epochs, warmup=warmup)
 
 
 # --- The steps ---------------------------------------------------------------------------------
