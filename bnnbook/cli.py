@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,9 @@ def run(
 @app.command()
 def record(
     minutes: Annotated[float, typer.Option(help="Stop in time; a later call continues.")] = 60,
-    only: Annotated[list[str] | None, typer.Option(help="An experiment; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="An experiment or paper; repeatable.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable; default 0, 1, 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Shorten the recipes; recorded.")] = None,
     scale: Annotated[str, typer.Option(help="full, or small to try it out.")] = "full",
@@ -97,6 +100,8 @@ def record(
 
     _use_data(data)
     if take is not None:
+        if show or out is not None:
+            raise ValueError("--import does nothing else: leave out --list and --out")
         typer.echo("\n".join(recording.merge(take, results)))
         return
     if scale == "small" and (out or results) is None and not os.environ.get("BNNBOOK_RESULTS"):
@@ -106,7 +111,7 @@ def record(
     if show:
         _show_states(wanted, folders, runs, device)
         return
-    missing = [job for job in wanted if not recording.state(job, folders, runs).is_done]
+    missing = [j for j in wanted if not recording.state(j, folders, runs, device).is_done]
     outcome = recording.work_through(
         missing, seconds=60 * minutes, at_once=jobs, device=device, results=out or results,
         runs=runs, measured=_measured(device, folders), checkpoint_minutes=checkpoint_minutes,
@@ -117,8 +122,12 @@ def record(
 
 def _report(outcome) -> None:
     """Say what is left and what failed; exit with 1 after a failure, with 130 after Ctrl-C."""
+    reasons: dict[str, list] = {}
     for job, text in outcome.failed.items():
-        typer.echo(f"\n{job} failed:\n{text.rstrip()}", err=True)
+        reasons.setdefault(text.rstrip(), []).append(job)
+    for text, jobs in reasons.items():  # a data set that is lacking is one reason for many
+        more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+        typer.echo(f"\n{jobs[0]}{more} failed:\n{text}", err=True)
     left = len(outcome.stopped) + len(outcome.waiting)
     typer.echo(f"{len(outcome.done)} recorded, {len(outcome.failed)} failed, {left} to do"
                f"{': the same command continues' if left else ''}")  # fmt: skip
@@ -147,7 +156,8 @@ def _show_states(wanted, folders, runs: Path, device: str) -> None:
         lines.setdefault((job.experiment, job.variant), []).append(job)
     for (experiment, variant), jobs in lines.items():
         seconds = recording.estimate(jobs[0], measured)
-        words = [f"{job.seed}: {recording.state(job, folders, runs).words}" for job in jobs]
+        states = [recording.state(job, folders, runs, device) for job in jobs]
+        words = [f"{job.seed}: {each.words}" for job, each in zip(jobs, states, strict=True)]
         minutes = "–" if seconds is None else f"{seconds / 60:.1f}"
         typer.echo(f"{minutes:>7}  {f'{experiment} {variant}':<46}  {', '.join(words)}")
 
@@ -175,9 +185,9 @@ def _run_one(job, device, results, runs: Path) -> None:
     from bnnbook import recording
 
     runs.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had is an error right away
-    checkpoint = job.checkpoint(runs)
+    checkpoint = job.checkpoint(runs, device)
     try:
-        with recording.lock(checkpoint) as is_ours:
+        with recording.lock(job, runs) as is_ours:
             if not is_ours:
                 raise ValueError(f"{job}: another process is at work on it in {runs}; wait for it")
             goes_on = " continues" if checkpoint.exists() else ""
@@ -209,5 +219,16 @@ def main() -> None:
         if os.environ.get("BNNBOOK_DEBUG"):
             raise
         typer.echo(f"bnnbook: {error}", err=True)
-        typer.echo("(BNNBOOK_DEBUG=1 shows the traceback)", err=True)
+        if not _is_refusal(error):
+            typer.echo("(BNNBOOK_DEBUG=1 shows the traceback)", err=True)
         sys.exit(1)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether bnnbook itself refused what was asked for: then its words say all there is to say.
+
+    A ValueError from elsewhere, torch for example, is a surprise that a traceback may explain.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    is_ours = frame.f_globals["__name__"].partition(".")[0] == "bnnbook"
+    return is_ours and isinstance(error, (ValueError, NotADirectoryError))

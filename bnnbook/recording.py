@@ -7,6 +7,7 @@ differently with another number of threads, which the record names.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -15,20 +16,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from bnnbook import experiments, records
+from bnnbook import data, experiments, records, training
 from bnnbook.records import Record
 
 SEEDS = (0, 1, 2)
 GRACE = 20.0  # seconds before the end in which unfinished runs write their checkpoints
 STOPS = (signal.SIGINT, signal.SIGTERM)
+# What two recipes have in common if an epoch takes about as long.
+LIKE = ("dataset", "network", "hidden", "widths", "blocks", "width", "experts", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,25 @@ class Job:
         return f"{self.experiment} {self.variant} seed {self.seed}"
 
     @property
+    def recipe(self):
+        """The experiment's recipe, which the variant may change."""
+        return experiments.find(self.experiment)[2][self.scale]
+
+    @property
     def planned(self) -> int:
         """The epochs that this run takes at most."""
-        return self.epochs or experiments.find(self.experiment)[2][self.scale].epochs
+        return self.epochs or self.recipe.epochs
 
-    def checkpoint(self, runs: Path) -> Path:
+    def checkpoint(self, runs: Path, device: str = "auto") -> Path:
         """Return the file, or the folder, in which the unfinished run is kept.
 
-        The number of epochs sets how fast rates fall: another number is another run.
+        The number of epochs sets how fast rates fall: another number is another run. So is one on
+        another kind of device, which computes with another precision.
         """
         length = "" if self.epochs is None else f"-{self.epochs}epochs"
-        name = f"{self.experiment}-{self.variant}-{self.scale}{length}-seed{self.seed}.pt"
+        kind = training.choose_device(device).type
+        where = "" if kind == "cpu" else f"-{kind}"
+        name = f"{self.experiment}-{self.variant}-{self.scale}{length}-seed{self.seed}{where}.pt"
         return runs / name
 
 
@@ -64,15 +76,15 @@ def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int]
     """Return the runs of all experiments, or of ``only`` these, the most valuable first.
 
     The first seed of everything comes before the second of anything; within a seed the order is
-    that of `bnnbook.experiments.PRIORITY`. Unknown experiments raise a ValueError.
+    that of `bnnbook.experiments.PRIORITY`. A paper's name, such as "quist2023", stands for all its
+    experiments. Unknown experiments, and ones without the scale, raise a ValueError.
     """
     if scale not in records.SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(records.SCALES)}")
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
-    for name in only:
-        experiments.find(name)  # which lists the known ones
-    named = [n for n in experiments.PRIORITY if not only or n in only]
+    chosen = {each for name in only for each in _meant_by(name, scale)}
+    named = [n for n in experiments.PRIORITY if not only or n in chosen]
     return [
         Job(name, variant, seed, scale, epochs)
         for seed in seeds
@@ -80,6 +92,17 @@ def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int]
         if scale in experiments.find(name)[2]
         for variant in experiments.find(name)[1]
     ]
+
+
+def _meant_by(name: str, scale: str) -> list[str]:
+    """Return the experiments of this scale that a name means: its own, or all of its paper."""
+    of_paper = [each for each in experiments.PRIORITY if each.startswith(f"{name}.")]
+    found = of_paper or [name]
+    having = [each for each in found if scale in experiments.find(each)[2]]
+    if not having:
+        known = ", ".join(experiments.find(found[0])[2])
+        raise ValueError(f"{name} has no {scale} scale; known: {known}")
+    return having
 
 
 # --- What there is -----------------------------------------------------------------------------
@@ -98,17 +121,21 @@ class State:
         return self.kind == "recorded"
 
 
-def state(job: Job, folders: Iterable, runs: Path) -> State:
+def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> State:
     """Return how far a run is, by the records in the folders and its checkpoint in ``runs``.
 
     A shortened record of as many epochs as the job asks for, or more, is as good as the job's.
+    A checkpoint of another kind of device does not count.
     """
     found = [r for folder in folders if (r := read_record(job, folder)) is not None]
     lengths = [length_of(r) for r in found if r.shortened is not None]
     if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.epochs):
         return State("recorded", "recorded")
-    if job.checkpoint(runs).exists():
-        return State("partial", "has a checkpoint")
+    checkpoint = job.checkpoint(runs, device)
+    if checkpoint.is_dir():  # of several trainings, each with its own epochs
+        return State("partial", "partial")
+    if checkpoint.exists():
+        return State("partial", f"partial, {epochs_done(checkpoint)} of {job.planned} epochs")
     if found:
         return State("shortened", str(found[0].shortened))
     return State("missing", "missing")
@@ -125,26 +152,54 @@ def length_of(record: Record) -> int:
     return int(record.recipe.get("epochs", len(record.history)))
 
 
+def epochs_done(checkpoint: Path) -> int:
+    """Return the whole epochs in a checkpoint; 0 for none, a damaged one, or a folder of some."""
+    if not checkpoint.is_file():
+        return 0
+    try:
+        # mmap: no weights are read, only the few numbers beside them
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    except training.DAMAGE:
+        return 0
+
+
 def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], float]:
     """Return what an epoch took in the records made on a device.
 
-    The keys are (experiment, scale, variant) and, for variants without a record, (experiment,
-    scale).
+    The keys are (experiment, scale, variant); for variants without a record (experiment, scale);
+    and for experiments without one what their recipe shares with another's (see `LIKE`).
     """
     found: dict[tuple[str, ...], float] = {}
     for folder in folders:
         for record in records.read_all(root=folder):
-            if record.environment.get("device") == device and record.seconds and record.history:
-                key = record.experiment, record.scale
-                found[key] = found[*key, record.variant] = record.seconds / len(record.history)
+            if record.environment.get("device") == device:
+                _add_pace(found, record)
     return found
 
 
-def estimate(job: Job, measured: dict[tuple[str, ...], float]) -> float | None:
-    """Return the seconds that a run will take, or None when nothing like it was measured."""
+def _add_pace(measured: dict[tuple[str, ...], float], record: Record) -> None:
+    """Note what an epoch of a record took, under all keys of `seconds_an_epoch`."""
+    if record.seconds and record.history:
+        key = record.experiment, record.scale
+        for each in ((*key, record.variant), key, _alike(record.recipe)):
+            measured[each] = record.seconds / len(record.history)
+
+
+def _alike(recipe: Mapping) -> tuple[str, ...]:
+    """Return the key that a recipe shares with all whose epochs take about as long."""
+    return tuple(json.dumps(recipe.get(name) or None) for name in LIKE)
+
+
+def estimate(job: Job, measured: Mapping, done: int = 0) -> float | None:
+    """Return the seconds that a run will take after the epochs that are done.
+
+    None when nothing like it was measured.
+    """
     key = job.experiment, job.scale
-    rate = measured.get((*key, job.variant), measured.get(key))
-    return None if rate is None else rate * job.planned
+    for each in ((*key, job.variant), key, _alike(vars(job.recipe))):
+        if each in measured:
+            return measured[each] * max(0, job.planned - done)
+    return None
 
 
 # --- One run -----------------------------------------------------------------------------------
@@ -158,7 +213,7 @@ def run(job: Job, *, device: str = "auto", results: Path | None = None, runs: Pa
     """
     function, _, _ = experiments.find(job.experiment)
     runs.mkdir(parents=True, exist_ok=True)
-    checkpoint = job.checkpoint(runs)
+    checkpoint = job.checkpoint(runs, device)
     options = {} if progress is None else {"progress": progress}
     done = function(job.variant, seed=job.seed, scale=job.scale, epochs=job.epochs, device=device,
                     checkpoint=checkpoint, **options)  # fmt: skip
@@ -186,7 +241,7 @@ class Outcome:
 
     done: list[Job] = field(default_factory=list)
     stopped: list[Job] = field(default_factory=list)  # their checkpoints continue them
-    failed: dict[Job, str] = field(default_factory=dict)  # with the traceback
+    failed: dict[Job, str] = field(default_factory=dict)  # with the traceback, or what is lacking
     waiting: list[Job] = field(default_factory=list)  # not begun
     interrupted: bool = False
 
@@ -197,25 +252,28 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
                  say=print) -> Outcome:  # fmt: skip
     """Run the jobs in their order, ``at_once`` in parallel, and stop before the time is up.
 
-    A run that cannot finish in the time that is left, judged by ``measured`` (see `estimate`), is
-    passed over as long as another can; when none can, the first goes as far as it comes. What is
-    unfinished `GRACE` seconds before the end (or a tenth of the time) writes its checkpoint, and
-    so it does on Ctrl-C and SIGTERM. A run that another call is at work on is left to that one.
-    ``say`` is given one line for each run that ended.
+    A run that cannot finish in the time that is left, judged by ``measured`` (see `estimate`) and
+    by the runs that are done meanwhile, is passed over as long as another can; when none can, the
+    first goes as far as it comes. What is unfinished `GRACE` seconds before the end (or a tenth of
+    the time) writes its checkpoint, and so it does on Ctrl-C and SIGTERM. A run that another call
+    is at work on is left to that one. When a data set cannot be had, no run on it is tried again.
+    ``say`` is given a line when a run starts and one when it ends.
     """
     if at_once < 1:
         raise ValueError(f"at least one run at a time, not {at_once}")
-    if seconds <= 0:
+    if not seconds > 0:  # nan is not
         raise ValueError(f"the time must be positive, not {seconds / 60:g} minutes")
     _check_folders(runs, records.results_folder(results))
-    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say)
+    if any(job.scale == "full" for job in jobs):
+        _warn_without_commit(say)
+    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say, measured)
     crew.outcome.waiting = list(jobs)
     end = time.monotonic() + seconds
     last = end - min(GRACE, seconds / 10)
     with _stops_noted() as stops, crew.bar:
         try:
             while (crew.outcome.waiting or crew.running) and time.monotonic() < last and not stops:
-                crew.fill(last - time.monotonic(), measured or {})
+                crew.fill(last - time.monotonic())
                 crew.collect(min(0.5, last - time.monotonic()))  # then a look at ``stops``
         finally:
             crew.outcome.interrupted = bool(stops)
@@ -227,29 +285,60 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
 def _check_folders(*folders: Path) -> None:
     """Raise an OSError now, not after hours, for a folder that cannot be written."""
     for folder in folders:
+        if folder.exists():
+            _check_is_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} cannot be written; name another folder")
 
 
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder")
+
+
+def _is_repeatable(commit: str | None, dirty: bool | None) -> bool:
+    """Whether a commit is known, and known to be what ran."""
+    return bool(commit) and dirty is False
+
+
+def _warn_without_commit(say) -> None:
+    """Say before hours of work that its records will not be importable."""
+    commit, dirty = records.git_state()
+    if not _is_repeatable(commit, dirty):
+        what = ("the library was changed since its commit: commit first" if commit else
+                "the library's commit is not known: name it by BNNBOOK_COMMIT")  # fmt: skip
+        say(f"warning: {what}, or --import will refuse these records")
+
+
 class _Crew:
     """The processes at work."""
 
-    def __init__(self, device, results, runs, at_once, checkpoint_minutes, say):
-        self.at_once, self.say = at_once, say
+    def __init__(self, device, results, runs, at_once, checkpoint_minutes, say, measured=None):
+        self.device, self.results, self.runs = device, results, runs
+        self.at_once, self.say, self.measured = at_once, say, dict(measured or {})
         self.running: dict = {}  # from the pipe on which a process reports to (job, process)
+        self.lacking: dict[str, str] = {}  # from data sets that cannot be had to why
         self.outcome = Outcome()
         threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
         self.settings = device, results, runs, threads, checkpoint_minutes
-        self.bar = tqdm(unit="run", disable=not sys.stderr.isatty(), leave=False)
+        # one run alone has a bar of its own, and a terminal room for one
+        show = at_once > 1 and sys.stderr.isatty()
+        self.bar = tqdm(unit="run", disable=not show, leave=False)
 
-    def fill(self, left: float, measured: dict) -> None:
+    def fill(self, left: float) -> None:
         """Start processes until as many are at work as may be."""
         waiting = self.outcome.waiting
         while waiting and len(self.running) < self.at_once:
-            job = next((j for j in waiting if (estimate(j, measured) or 0) <= left), waiting[0])
+            job = next((j for j in waiting if self.remaining(j) <= left), waiting[0])
             waiting.remove(job)
+            self.tell(f"{job} starts")
             self.start(job)
+
+    def remaining(self, job: Job) -> float:
+        """Return the seconds that a job still takes; 0 when they cannot be known."""
+        done = epochs_done(job.checkpoint(self.runs, self.device))
+        return estimate(job, self.measured, done) or 0
 
     def start(self, job: Job) -> None:
         """Begin a job in a fresh process; forked ones cannot use CUDA."""
@@ -279,16 +368,43 @@ class _Crew:
 
     def note(self, job: Job, kind: str, text: str) -> None:
         """File a job under what came of it, and say so."""
-        if kind == "failed":
+        if kind == "lacking":
+            self.give_up(job, text)
+        elif kind == "failed":
             self.outcome.failed[job] = text
             last = text.strip().rpartition("\n")[2]
-            text = f"{job}: failed, {last}"
+            self.tell(f"{job}: failed, {last}")
         else:
             getattr(self.outcome, kind).append(job)
-        with contextlib.nullcontext() if self.bar.disable else tqdm.external_write_mode():
-            self.say(text)
+            self.tell(text)
+        if kind == "done":
+            self.learn(job)
         self.bar.update()
         self.show()
+
+    def give_up(self, job: Job, why: str) -> None:
+        """File a job, and all that wait for its data set, as failed; say it once for them all."""
+        name, waiting = job.recipe.dataset, self.outcome.waiting
+        is_news = name not in self.lacking
+        why = self.lacking.setdefault(name, why)
+        same = [j for j in waiting if j.recipe.dataset == name]
+        waiting[:] = [j for j in waiting if j not in same]
+        self.outcome.failed |= dict.fromkeys([job, *same], why)
+        if is_news:
+            others = f" and {len(same)} more on {name}" if same else ""
+            self.tell(f"{job}{others}: failed, {why}")
+
+    def learn(self, job: Job) -> None:
+        """Judge the runs to come by the pace of one that is done."""
+        record = read_record(job, self.results)
+        here = records.device_name(training.choose_device(self.device))
+        if record is not None and record.environment.get("device") == here:
+            _add_pace(self.measured, record)
+
+    def tell(self, text: str) -> None:
+        """Say a line, above the bar if there is one."""
+        with contextlib.nullcontext() if self.bar.disable else tqdm.external_write_mode():
+            self.say(text)
 
     def show(self) -> None:
         """Name on the bar what is at work."""
@@ -312,10 +428,6 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None
     """Do a job in this process, and report how it ended."""
     try:
         _hear_the_first_process_only()
-        import torch
-
-        from bnnbook import training
-
         if threads is not None:
             torch.set_num_threads(threads)
         if checkpoint_minutes is not None:
@@ -324,9 +436,11 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None
         report = _run_unless_another_does(job, device, results, runs, alone)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late: the record is there
     except KeyboardInterrupt:
-        there = job.checkpoint(runs).exists()
+        there = job.checkpoint(runs, device).exists()
         what = "its checkpoint continues it" if there else "nothing was saved yet"
         report = "stopped", f"{job}: stopped, {what}"
+    except data.DataError as error:
+        report = "lacking", str(error)
     except BaseException:  # whatever it is, the other runs go on
         report = "failed", traceback.format_exc()
     with contextlib.suppress(BrokenPipeError):  # the first process has died
@@ -336,20 +450,21 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None
 def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -> tuple[str, str]:
     """Run a job, and return how it ended; leave it to another process that is at work on it."""
     runs.mkdir(parents=True, exist_ok=True)
-    with lock(job.checkpoint(runs)) as is_ours:
+    with lock(job, runs) as is_ours:
         if not is_ours:
             return "stopped", f"{job}: left to another process, which is at work on it"
-        if state(job, [results], runs).is_done:
+        if state(job, [results], runs, device).is_done:
             return "done", f"{job}: recorded by another process"
-        _remove_parts(job, results, runs)
+        _remove_parts(job, results, runs, device)
         done, path = run(job, device=device, results=results, runs=runs, progress=progress)
         return "done", in_words(job, done, path)
 
 
 @contextlib.contextmanager
-def lock(checkpoint: Path):
+def lock(job: Job, runs: Path):
     """Hold the lock of a run; yield whether it is ours. A process that dies lets go of it.
 
+    It is one lock for all devices, whose records would be the same file.
     Where there are no such locks (Windows, some network file systems) it is always ours.
     """
     try:
@@ -357,7 +472,7 @@ def lock(checkpoint: Path):
     except ImportError:
         yield True
         return
-    path = checkpoint.with_name(f"{checkpoint.name}.lock")
+    path = runs / f"{job.checkpoint(runs, 'cpu').name}.lock"
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -376,9 +491,9 @@ def lock(checkpoint: Path):
             path.unlink(missing_ok=True)
 
 
-def _remove_parts(job: Job, results: Path | None, runs: Path) -> None:
+def _remove_parts(job: Job, results: Path | None, runs: Path, device: str) -> None:
     """Remove the half-written files of a process that was killed at this job."""
-    checkpoint = job.checkpoint(runs)
+    checkpoint = job.checkpoint(runs, device)
     record = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)
     for part in (*runs.glob(f"{checkpoint.name}.*.part"), *checkpoint.glob("*.part"),
                  *record.parent.glob(f".{record.name}.*.part")):  # fmt: skip
@@ -444,11 +559,13 @@ def merge(source: Path, root: Path | None = None) -> list[str]:
     """Take over the records of a folder, all or none; return a line for each file.
 
     A record is refused, and with it all others, when it is damaged or was changed, when its
-    experiment or variant is not known, and when its data set has another SHA-256 than that of the
-    same name in the records there or in its own folder. A shortened record never replaces a
-    longer one, nor any record one of the same length. Ctrl-C waits until the files are written.
-    Raises `records.RecordError`.
+    experiment or variant is not known, when it is of full scale and names no commit, or a changed
+    one, and when its data set has another SHA-256 than that of the same name in the records there
+    or in its own folder. A shortened record never replaces a longer one, nor any record one of the
+    same length. Ctrl-C waits until the files are written. Raises `records.RecordError`, and
+    NotADirectoryError.
     """
+    _check_is_folder(Path(source))
     paths = sorted(p for p in Path(source).rglob("*.json") if not p.name.startswith("."))
     if not paths:
         raise records.RecordError(f"no records under {source}")
@@ -461,7 +578,7 @@ def merge(source: Path, root: Path | None = None) -> list[str]:
                                     root)  # fmt: skip
         there = new.get(where) or (records.read(where) if where.exists() else None)
         words = _comparison(record, there)
-        lines.append(f"{where.parent.name}/{where.name}: {words}")
+        lines.append(f"{where.relative_to(records.results_folder(root)).as_posix()}: {words}")
         if words != "kept, not shorter":
             new[where] = record
     with _stops_noted():
@@ -478,6 +595,9 @@ def _checked(path: Path, known: dict) -> Record:
                                   ("scale", record.scale, recipes)):  # fmt: skip
             if name not in names:
                 raise ValueError(f"unknown {what} {name!r}; known: {', '.join(names)}")
+        made_by = record.environment.get("commit"), record.environment.get("dirty")
+        if record.scale == "full" and not _is_repeatable(*made_by):
+            raise ValueError("it names no commit, or a changed one: nobody could repeat it")
         sha256, whose = known.setdefault(record.dataset, (record.dataset_sha256, path.name))
         if sha256 != record.dataset_sha256:
             raise ValueError(

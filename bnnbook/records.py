@@ -340,9 +340,14 @@ def _move_aside(path: Path) -> str:
 
 def parse(text: str) -> Record:
     """Return the record in the text of a file; a ValueError says what is wrong with it."""
-    value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    try:
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
+    if "format" not in value:
+        raise ValueError("it is not a record of bnnbook")
     if type(value.get("format")) is int and value["format"] > FORMAT:
         raise _NewerFormatError(f"its format is {value['format']}, this version reads {FORMAT}")
     if value.get("format") != FORMAT:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,8 @@ def toy_record(variant="a", seed=0, **changes):
     values = {
         "experiment": "toy.table", "variant": variant, "seed": seed, "scale": "full",
         "dataset": "digits", "dataset_sha256": "00", "seconds": 1.0,
-        "environment": {"device": "Abacus 9000"}, "metrics": {"test_error": 0.25},
+        "environment": {"device": "Abacus 9000", "commit": "abc", "dirty": False},
+        "metrics": {"test_error": 0.25},
     }  # fmt: skip
     return records.Record(**values | changes)
 
@@ -83,7 +85,7 @@ class Toy:
 
     def __init__(self, monkeypatch, scales=("small", "full")):
         self.calls, self.then = [], lambda: None
-        recipes = dict.fromkeys(scales)
+        recipes = dict.fromkeys(scales, SimpleNamespace(dataset="digits", epochs=1000))
         found = {"toy.table": (self.run, ("a", "b"), recipes),
                  "toy.other": (self.run, ("never",), {"small": None})}  # fmt: skip
         monkeypatch.setattr(experiments, "names", lambda: list(found))
@@ -180,10 +182,10 @@ def test_run_takes_all_variants_and_several_seeds(tiny):
 
 def test_run_passes_its_options_on(toy, tmp_path):
     invoke("run", "toy.table", "--variant", "b", "--seed", 3, "--scale", "full", "--epochs", 7,
-           "--device", "cuda:1", "--data", tmp_path / "sets")  # fmt: skip
+           "--device", "cpu", "--data", tmp_path / "sets")  # fmt: skip
     (options,) = toy.calls
     checkpoint = options.pop("checkpoint")
-    assert options == {"variant": "b", "seed": 3, "scale": "full", "epochs": 7, "device": "cuda:1"}
+    assert options == {"variant": "b", "seed": 3, "scale": "full", "epochs": 7, "device": "cpu"}
     assert checkpoint.parent == Path("runs")
     assert os.environ["BNNBOOK_DATA"] == str(tmp_path / "sets")
     assert records.find("toy.table", "b", 3) is not None
@@ -217,12 +219,15 @@ def test_every_run_has_its_own_checkpoint(toy):
 # --- What is refused ---------------------------------------------------------------------------
 
 
-def refused(monkeypatch, capsys, *arguments):
-    """Return the one line that the program says before it exits with status 1."""
+def refused(monkeypatch, capsys, *arguments, hint=False):
+    """Return the one line that the program says before it exits with status 1.
+
+    A hint at the traceback follows where the words may not be enough.
+    """
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert (code, out) == (1, "")
-    line, hint = err.splitlines()
-    assert hint == "(BNNBOOK_DEBUG=1 shows the traceback)"
+    line, *others = err.splitlines()
+    assert others == ["(BNNBOOK_DEBUG=1 shows the traceback)"] * hint
     return line
 
 
@@ -260,7 +265,7 @@ def test_a_device_that_is_not_there(monkeypatch, capsys, device, words):
 def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mnist.npz").write_bytes(b"not an archive")
-    line = refused(monkeypatch, capsys, "data", "mnist")
+    line = refused(monkeypatch, capsys, "data", "mnist", hint=True)
     assert str(tmp_path / "data" / "mnist.npz") in line
 
 
@@ -293,21 +298,31 @@ def test_a_folder_for_checkpoints_that_cannot_be_had_is_an_error_before_the_run(
     monkeypatch, capsys, toy
 ):
     Path("taken").write_text("a file")
-    line = refused(monkeypatch, capsys, "run", "toy.table", "--runs", "taken")
+    line = refused(monkeypatch, capsys, "run", "toy.table", "--runs", "taken", hint=True)
     assert "taken" in line
     assert toy.calls == []
 
 
 def test_a_run_that_another_process_is_at_work_on_is_left_to_it(monkeypatch, capsys, toy):
     Path("runs").mkdir()
-    with recording.lock(
-        recording.Job("toy.table", "a", 0, "small", None).checkpoint(Path("runs"))
-    ):
+    with recording.lock(recording.Job("toy.table", "a", 0, "small"), Path("runs")):
         line = refused(monkeypatch, capsys, "run", "toy.table", "--variant", "a")
     assert "toy.table a seed 0: another process is at work on it" in line
     assert toy.calls == []
     invoke("run", "toy.table", "--variant", "a")
     assert len(toy.calls) == 1
+
+
+def test_an_error_of_another_library_keeps_the_hint(monkeypatch, capsys, toy):
+    """Its words are not ours, and may say nothing to the reader."""
+    toy.then = lambda: torch.nn.Flatten(2, 1)(torch.zeros(2, 3, 4))
+    code, _, err = call(monkeypatch, capsys, "run", "toy.table", "--variant", "a")
+    assert code == 1
+    assert err.splitlines()[-1] == "(BNNBOOK_DEBUG=1 shows the traceback)"
+    toy.then = lambda: json.loads("{")  # a ValueError, but not one of ours
+    code, _, err = call(monkeypatch, capsys, "run", "toy.table", "--variant", "a")
+    assert code == 1
+    assert err.splitlines()[-1] == "(BNNBOOK_DEBUG=1 shows the traceback)"
 
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch, toy):
@@ -398,17 +413,27 @@ def test_what_failed_is_told_at_the_end_with_its_traceback(toy, monkeypatch):
     invoke("record", code=130)
 
 
+def test_one_reason_of_many_failures_is_told_once(toy, monkeypatch):
+    jobs = [recording.Job("toy.table", "a", seed) for seed in range(3)]
+    test = recording.Outcome(failed=dict.fromkeys(jobs, "digits is not here: put it there"))
+    monkeypatch.setattr(recording, "work_through", lambda jobs, **options: test)
+    output = invoke("record", code=1).output
+    assert "toy.table a seed 0 and 2 more failed:\ndigits is not here: put it there\n" in output
+    assert output.count("digits is not here") == 1
+    assert "0 recorded, 3 failed, 0 to do" in output
+
+
 def test_record_list_shows_every_state_and_runs_nothing(toy, worked):
     records.save(toy_record("a", 0, shortened="30 of 1000 epochs"))
     records.save(toy_record("b", 2))
     Path("runs").mkdir()
-    Path("runs/toy.table-b-full-seed1.pt").touch()
-    lines = invoke("record", "--list").stdout.splitlines()
+    torch.save({"epoch": 40}, "runs/toy.table-b-full-seed1.pt")
+    lines = invoke("record", "--list", "--device", "cpu").stdout.splitlines()
     assert worked == []
     shown = [" ".join(line.split()) for line in lines[1:]]
     assert shown == [
         "– toy.table a 0: 30 of 1000 epochs, 1: missing, 2: missing",
-        "– toy.table b 0: missing, 1: has a checkpoint, 2: recorded",
+        "– toy.table b 0: missing, 1: partial, 40 of 1000 epochs, 2: recorded",
     ]
 
 
@@ -430,21 +455,39 @@ def test_record_imports_and_says_what(toy, tmp_path):
     ("arguments", "words"),
     [
         (["record", "--minutes", 0], "the time must be positive"),
+        (["record", "--minutes", "nan"], "the time must be positive, not nan minutes"),
+        (["record", "--only", NAME], f"{NAME} has no full scale; known: small"),
+        (["record", "--out", "file.json"], "file.json is not a folder"),
+        (["record", "--import", "file.json"], "file.json is not a folder"),
+        (["record", "--import", ".", "--list"], "leave out --list and --out"),
+        (["record", "--import", ".", "--out", "records"], "leave out --list and --out"),
         (["record", "--jobs", 0], "at least one run at a time, not 0"),
         (["record", "--only", "nothing.here"], "unknown experiment 'nothing.here'; known: "),
         (["record", "--scale", "huge"], "unknown scale 'huge'; known: small, full"),
-        (["record", "--import", "nowhere"], "no records under nowhere"),
+        (["record", "--import", "nowhere"], "nowhere is not a folder"),
         (["record", "--epochs", 0], "epochs must be at least 1, not 0"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(monkeypatch, capsys, arguments, words):
+    Path("file.json").touch()
     assert words in refused(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "it is not JSON: "), ("{}", "it is not a record of bnnbook; nothing was imported"),
+])  # fmt: skip
+def test_a_stray_file_in_an_import_is_named(monkeypatch, capsys, text, words):
+    Path("theirs").mkdir()
+    Path("theirs/notes.json").write_text(text)
+    line = refused(monkeypatch, capsys, "record", "--import", "theirs", hint=True)
+    assert line.startswith("bnnbook: theirs/notes.json: ")
+    assert words in line
 
 
 def test_a_damaged_record_is_named_and_not_replaced(monkeypatch, capsys, toy, worked):
     path = records.save(toy_record("a", 0))
     path.write_text("{")
-    assert str(path) in refused(monkeypatch, capsys, "record", "--minutes", 5)
+    assert str(path) in refused(monkeypatch, capsys, "record", "--minutes", 5, hint=True)
     assert worked == []
     assert path.with_name(path.name + ".corrupt").read_text() == "{"
 

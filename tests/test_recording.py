@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bnnbook import data, experiments, recording, records
+from bnnbook import data, experiments, probes, recording, records
 from bnnbook.recording import Job
 
 NAME = "binaryconnect.clipping"
@@ -23,12 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def away(tmp_path, monkeypatch):
-    """Records and data sets lie in an empty folder; the processes have one thread."""
+    """Records and data sets lie in an empty folder; this process and its helpers have a thread."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BNNBOOK_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("BNNBOOK_COMMIT", "abc")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(variant="clipped", seed=0, epochs=2):
@@ -76,9 +81,29 @@ def test_the_first_seed_of_everything_comes_first():
 def test_only_what_was_asked_for():
     jobs = recording.all_jobs("small", [NAME], seeds=[7], epochs=2)
     assert jobs == [small("clipped", 7), small("unclipped", 7)]
-    assert recording.all_jobs("full", [NAME]) == []  # which has no full scale
     with pytest.raises(ValueError, match=r"unknown experiment 'binaryconnect\.table9'"):
         recording.all_jobs(only=["binaryconnect.table9"])
+
+
+def test_what_has_no_full_scale_is_an_error_and_not_nothing():
+    with pytest.raises(ValueError, match=f"{NAME} has no full scale; known: small"):
+        recording.all_jobs("full", ["binaryconnect.table2", NAME])
+
+
+def test_a_papers_name_means_all_its_experiments():
+    jobs = recording.all_jobs("full", ["binaryconnect"], [0])
+    named = {n for n in experiments.names() if n.startswith("binaryconnect.")}
+    assert {job.experiment for job in jobs} == named - {NAME}
+    assert jobs == [j for j in recording.all_jobs(seeds=[0]) if j.experiment in named]
+    with pytest.raises(ValueError, match="unknown experiment 'binary'"):
+        recording.all_jobs(only=["binary"])
+
+
+def test_the_order_is_the_books():
+    first = ["quist2023.order", "quist2023.alpha_sweep", "quist2023.alpha_decay",
+             "quist2023.scale_invariance", "helwegen2019.figure1", "helwegen2019.section52_short",
+             "binaryconnect.table2_cifar10", "alexnet.figure1"]  # fmt: skip
+    assert list(experiments.PRIORITY[: len(first)]) == first
 
 
 def test_the_states_of_a_run(tmp_path):
@@ -101,12 +126,50 @@ def test_the_states_of_a_run(tmp_path):
     assert small().checkpoint(runs) != job.checkpoint(runs)  # another length is another run
 
 
+def write_checkpoint(job, epoch):
+    """Write the part of a checkpoint that tells how far it is."""
+    path = job.checkpoint(Path("runs"))
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"epoch": epoch, "model": [torch.zeros(3)]}, path)
+    return path
+
+
+def test_how_far_a_checkpoint_is():
+    job, runs = small(epochs=None), Path("runs")
+    path = write_checkpoint(job, 11)
+    assert recording.state(job, [None], runs).words == "partial, 11 of 12 epochs"
+    path.write_bytes(path.read_bytes()[:100])
+    assert recording.state(job, [None], runs).words == "partial, 0 of 12 epochs"
+    path.unlink()
+    path.mkdir()  # of several trainings
+    assert recording.state(job, [None], runs).words == "partial"
+    assert recording.epochs_done(path) == recording.epochs_done(path / "none.pt") == 0
+
+
+def test_checkpoints_of_cpu_and_gpu_do_not_meet(monkeypatch):
+    """A GPU computes with another precision and would refuse the CPU's checkpoint."""
+    job, runs = small(), Path("runs")
+    assert job.checkpoint(runs, "cpu").name == f"{NAME}-clipped-small-2epochs-seed0.pt"
+    runs.mkdir()
+    job.checkpoint(runs, "cpu").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    names = {job.checkpoint(runs, device).name for device in ("auto", "cuda", "cuda:1")}
+    assert names == {f"{NAME}-clipped-small-2epochs-seed0-cuda.pt"}
+    kinds = [recording.state(job, [None], runs, device).kind for device in ("cpu", "cuda")]
+    assert kinds == ["partial", "missing"]
+    with recording.lock(job, runs) as is_ours:
+        assert is_ours
+        assert [path.suffix for path in sorted(runs.iterdir())] == [".pt", ".lock"]
+
+
 def test_minutes_are_those_measured_on_the_same_device():
     records.save(record(epochs=5))
     there = recording.seconds_an_epoch("Abacus 9000", [None])
     assert recording.estimate(small(epochs=None), there) == 3.0 * 12
     assert recording.estimate(small(epochs=4), there) == 3.0 * 4
-    assert recording.estimate(replace(small(), scale="full"), there) is None
+    assert recording.estimate(small(epochs=4), there, done=3) == 3.0
+    assert recording.estimate(Job("binaryconnect.table2", "none", 0), there) is None
     assert recording.seconds_an_epoch("Abacus 10000", [None]) == {}
 
 
@@ -115,6 +178,16 @@ def test_each_variant_has_minutes_of_its_own():
     records.save(record("unclipped", seconds=8.0))
     there = recording.seconds_an_epoch("Abacus 9000", [None])
     assert [recording.estimate(small(v), there) for v in ("clipped", "unclipped")] == [2.0, 8.0]
+
+
+def test_an_experiment_without_a_record_takes_the_minutes_of_one_like_it():
+    """The same network on the same data in the same batches takes as long."""
+    recipe = vars(experiments.find("helwegen2019.figure1")[2]["full"])
+    records.save(record("bop", experiment="helwegen2019.figure1", scale="full", recipe=recipe))
+    there = recording.seconds_an_epoch("Abacus 9000", [None])
+    assert recording.estimate(Job("helwegen2019.latent_inference", "adam", 0), there) == 3.0 * 100
+    other = Job("helwegen2019.section52", "bop", 0)  # in batches of 50
+    assert recording.estimate(other, there) is None
 
 
 # --- Many runs ---------------------------------------------------------------------------------
@@ -126,7 +199,10 @@ def test_runs_side_by_side_equal_runs_one_by_one(tmp_path):
     outcome = recording.work_through(jobs, seconds=300, at_once=2, say=said.append)
     assert sorted(map(str, outcome.done)) == sorted(map(str, jobs))
     assert (outcome.failed, outcome.stopped, outcome.waiting) == ({}, [], [])
-    assert len(said) == 3
+    assert sorted(said[:2]) == sorted(f"{job} starts" for job in jobs[:2])
+    assert [line.endswith(" starts") for line in said].count(True) == 3
+    assert [" -> " in line for line in said].count(True) == 3
+    assert len(said) == 6
     for job in jobs:
         recording.run(job, results=tmp_path / "alone", runs=tmp_path / "alone")
         alone = recording.read_record(job, tmp_path / "alone")
@@ -134,18 +210,97 @@ def test_runs_side_by_side_equal_runs_one_by_one(tmp_path):
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "mnist.npz").write_bytes(b"PK\x03\x04 cut short")
-    jobs = [Job("binaryconnect.table2", "none", 0, "full", 1), small()]
-    said = []
+def test_a_run_that_fails_does_not_stop_the_others():
+    jobs, said = [small("unclipped"), small()], []
+    Path("runs").mkdir()
+    jobs[0].checkpoint(Path("runs")).write_text("damaged")
     outcome = recording.work_through(jobs, seconds=300, say=said.append)
     assert outcome.done == jobs[1:]
     assert list(outcome.failed) == jobs[:1]
     assert outcome.failed[jobs[0]].startswith("Traceback")
-    assert "mnist.npz" in outcome.failed[jobs[0]]
-    assert said[0].startswith("binaryconnect.table2 none seed 0: failed, ")
+    assert "is not a whole checkpoint" in outcome.failed[jobs[0]]
+    assert said[0] == f"{jobs[0]} starts"
+    assert said[1].startswith(f"{jobs[0]}: failed, ")
+
+
+def test_a_data_set_that_is_lacking_is_told_once_and_costs_no_more_time(tmp_path):
+    """What needs it is not tried again, and what needs another goes on."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mnist.npz").write_bytes(b"PK\x03\x04 cut short")
+    jobs = [Job("binaryconnect.table2", "none", seed, "full", 1) for seed in range(3)]
+    said = []
+    outcome = recording.work_through([*jobs, small()], seconds=300, say=said.append)
+    assert outcome.done == [small()]
+    assert list(outcome.failed) == jobs
+    (why,) = set(outcome.failed.values())
+    assert why.startswith(str(folder / "mnist.npz"))
+    assert "\n" not in why
+    assert said[1] == f"{jobs[0]} and 2 more on mnist: failed, {why}"
+    assert [line for line in said if "starts" in line] == [
+        f"{jobs[0]} starts",
+        f"{small()} starts",
+    ]
+
+
+def test_runs_side_by_side_on_a_lacking_data_set_say_so_once():
+    said, jobs = [], [Job("quist2023.order", "second-none", seed) for seed in range(4)]
+    crew = recording._Crew("cpu", None, Path("runs"), 2, None, said.append)
+    crew.outcome.waiting = jobs[2:]
+    crew.note(jobs[0], "lacking", "it is not there, says the first")
+    crew.note(jobs[1], "lacking", "it is not there, says the second")
+    assert len(said) == 1
+    assert sorted(map(str, crew.outcome.failed)) == sorted(map(str, jobs))
+    assert set(crew.outcome.failed.values()) == {"it is not there, says the first"}
+    assert crew.outcome.waiting == []
+
+
+def test_what_a_run_took_is_the_measure_of_those_to_come():
+    crew = recording._Crew("cpu", None, Path("runs"), 1, None, lambda line: None)
+    assert crew.remaining(small()) == 0
+    here = {"device": records.device_name("cpu"), "commit": "abc", "dirty": False}
+    for device, seconds in ((here, 6.0), (here | {"device": "Abacus 9000"}, 60.0)):
+        records.save(record(environment=device, seconds=seconds), overwrite=True)
+        crew.note(small(), "done", "it is done")
+    assert crew.remaining(small(epochs=9)) == 3.0 * 9
+    assert crew.remaining(small("unclipped", epochs=9)) == 3.0 * 9
+
+
+def test_a_run_that_is_almost_done_is_not_passed_over(monkeypatch):
+    """149 of 150 epochs are done: one is left, not 150."""
+    write_checkpoint(small(epochs=150), 149)
+    pace = {(NAME, "small"): 10.0}
+    crew = recording._Crew("auto", None, Path("runs"), 1, None, lambda line: None, pace)
+    crew.outcome.waiting = [small(epochs=100), small(epochs=150)]
+    monkeypatch.setattr(crew, "start", lambda job: crew.running.update(begun=job))
+    crew.fill(20)
+    assert crew.running == {"begun": small(epochs=150)}
+
+
+def test_full_scale_records_without_a_commit_are_warned_of_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(recording._Crew, "fill", lambda crew, left: crew.outcome.waiting.clear())
+    job, warned = Job("quist2023.order", "second-none", 0), []
+    states = {("abc", False): "", ("abc", True): "was changed", (None, None): "BNNBOOK_COMMIT"}
+    for state, words in states.items():
+        monkeypatch.setattr(records, "git_state", lambda state=state: state)
+        said = []
+        recording.work_through([small(), job], seconds=9, say=said.append)
+        assert [words in line for line in said] == [True] * bool(words)
+        recording.work_through([small()], seconds=9, say=warned.append)
+    assert warned == []
+
+
+@pytest.mark.parametrize("seconds", [0, -60.0, float("nan")])
+def test_a_time_that_is_none_is_refused(seconds):
+    with pytest.raises(ValueError, match=r"the time must be positive, not (0|-1|nan) minutes"):
+        recording.work_through([small()], seconds=seconds)
+
+
+@pytest.mark.parametrize(("at_once", "is_shown"), [(1, False), (2, True)])
+def test_one_run_alone_has_the_terminal_for_its_own_bar(monkeypatch, at_once, is_shown):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    crew = recording._Crew("cpu", None, Path("runs"), at_once, None, print)
+    assert crew.bar.disable is not is_shown
 
 
 def test_the_time_is_kept_and_a_later_call_continues(tmp_path):
@@ -169,6 +324,18 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
+def count_steps(monkeypatch):
+    """Return a list that grows by 1 with every step of a training in this process."""
+    steps, step = [], probes.FlipRatio.step
+
+    def counted(probe):
+        steps.append(1)
+        step(probe)
+
+    monkeypatch.setattr(probes.FlipRatio, "step", counted)
+    return steps
+
+
 def start_worker(job, runs):
     """Start a process that writes a checkpoint after every step."""
     context = multiprocessing.get_context("spawn")
@@ -180,19 +347,32 @@ def start_worker(job, runs):
     return process, pipe
 
 
-def test_killed_and_continued_equals_uninterrupted(tmp_path):
+def position(checkpoint):
+    """How far a checkpoint is: (epochs, steps)."""
+    state = torch.load(checkpoint, weights_only=True)
+    return state["epoch"], state["step"]
+
+
+def test_killed_and_continued_equals_uninterrupted(tmp_path, monkeypatch):
     job, runs = small(epochs=4), tmp_path / "runs"
     straight, _ = recording.run(job, device="cpu", results=tmp_path / "straight", runs=runs)
+    checkpoint = job.checkpoint(runs, "cpu")
     process, _ = start_worker(job, runs)
-    wait_for(job.checkpoint(runs).exists)
+    wait_for(lambda: checkpoint.exists() and position(checkpoint) > (1, 0))
+    seen = position(checkpoint)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert job.checkpoint(runs).exists()
+    kept = position(checkpoint)
+    assert kept >= seen  # all that was saved before the end is there
     assert recording.read_record(job, None) is None
+    steps = count_steps(monkeypatch)
     resumed, path = recording.run(job, device="cpu", runs=runs)
     assert same(resumed, straight)
-    assert not job.checkpoint(runs).exists()
+    recipe = job.recipe  # and only what came after it is done again
+    an_epoch = (1300 - recipe.validation) // recipe.batch_size
+    assert len(steps) == (4 - kept[0]) * an_epoch - kept[1]
+    assert not checkpoint.exists()
     assert records.read(path).metrics == straight.metrics
 
 
@@ -251,18 +431,18 @@ def test_a_process_that_dies_while_it_reports_has_failed(sent):
 def test_one_of_two_calls_runs_a_job(tmp_path):
     job, said = small(), []
     Path("runs").mkdir()
-    with recording.lock(job.checkpoint(Path("runs"))) as is_ours:
+    with recording.lock(job, Path("runs")) as is_ours:
         assert is_ours
-        with recording.lock(job.checkpoint(Path("runs"))) as is_another:
+        with recording.lock(job, Path("runs")) as is_another:
             assert not is_another
         outcome = recording.work_through([job], seconds=60, say=said.append)
     assert (outcome.stopped, outcome.failed) == ([job], {})
-    assert said == [f"{job}: left to another process, which is at work on it"]
+    assert said[1:] == [f"{job}: left to another process, which is at work on it"]
     path = records.save(record())
     before = path.read_bytes()
     outcome = recording.work_through([job], seconds=60, say=said.append)
     assert outcome.done == [job]
-    assert said[1:] == [f"{job}: recorded by another process"]
+    assert said[3:] == [f"{job}: recorded by another process"]
     assert path.read_bytes() == before
     assert not list(Path("runs").iterdir())
 
@@ -283,7 +463,8 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (folder / "run.pt.17.part").touch()
     recording.work_through([small(epochs=1)], seconds=60, say=lambda line: None)
     assert [part.exists() for part in (*parts, other)] == [False, False, True]
-    recording._remove_parts(Job("binaryconnect.table1", "adam", 0), None, tmp_path / "runs")
+    job = Job("binaryconnect.table1", "adam", 0)
+    recording._remove_parts(job, None, tmp_path / "runs", "auto")
     assert not list(folder.iterdir())
 
 
@@ -293,6 +474,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_hours_of_work(monkey
     Path("file").touch()
     with pytest.raises(OSError, match="file"):
         recording.work_through([small()], seconds=9, **{folder: Path("file") / "in it"})
+    with pytest.raises(NotADirectoryError, match=r"^file is not a folder$"):
+        recording.work_through([small()], seconds=9, **{folder: Path("file")})
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "read-only")
     with pytest.raises(PermissionError, match="read-only cannot be written"):
         recording.work_through([small()], seconds=9, **{folder: Path("read-only")})
@@ -354,10 +537,10 @@ def test_records_are_taken_over_unless_longer_ones_are_there(theirs):
         record("clipped", 2, epochs=9), record("unclipped", 0))]  # fmt: skip
     kept = [recording.read_record(small("clipped", seed), None) for seed in (1, 2)]
     assert recording.merge(theirs) == [
-        "small/clipped-seed0.json: replaces 3 of 12 epochs",
-        "small/clipped-seed1.json: kept, not shorter",
-        "small/clipped-seed2.json: kept, not shorter",
-        "small/unclipped-seed0.json: new",
+        f"{NAME}/small/clipped-seed0.json: replaces 3 of 12 epochs",
+        f"{NAME}/small/clipped-seed1.json: kept, not shorter",
+        f"{NAME}/small/clipped-seed2.json: kept, not shorter",
+        f"{NAME}/small/unclipped-seed0.json: new",
     ]
     there = records.find(NAME, "clipped", 0, scale="small")
     assert there.read_bytes() == new[0].read_bytes()
@@ -383,8 +566,10 @@ def tamper(path):
         (lambda path: rewrite(path, format=3), "its format is 3, this version reads 2"),
         (lambda path: path.write_text(path.read_text()[:200]), "Expecting|Unterminated"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "decode"),
+        (lambda path: path.write_text(""), "it is not JSON: "),
+        (lambda path: path.write_text("{}"), "it is not a record of bnnbook"),
     ],
-    ids=["tampered", "old", "new", "cut", "bytes"],
+    ids=["tampered", "old", "new", "cut", "bytes", "empty", "foreign"],
 )
 def test_a_bad_record_is_refused_and_nothing_is_imported(theirs, damage, words):
     records.save(record("clipped"), theirs)
@@ -422,13 +607,35 @@ def test_their_records_must_agree_on_the_data_too(theirs):
         recording.merge(theirs)
 
 
+@pytest.mark.parametrize("changes", [{"commit": None}, {"dirty": True}, {"dirty": None}])
+def test_a_full_scale_record_must_name_what_ran(theirs, changes):
+    """What test_results.py would refuse later is refused before it is there."""
+    wrong = {"device": "Abacus 9000", "commit": "abc", "dirty": False} | changes
+    made = {"experiment": "binaryconnect.table2", "variant": "none", "environment": wrong}
+    records.save(record(**made, scale="small"), theirs)
+    assert recording.merge(theirs) == ["binaryconnect.table2/small/none-seed0.json: new"]
+    records.save(record(**made, scale="full"), theirs)
+    with pytest.raises(records.RecordError, match="it names no commit, or a changed one"):
+        recording.merge(theirs)
+
+
+def test_an_import_needs_a_folder_with_records(theirs):
+    theirs.mkdir()
+    with pytest.raises(records.RecordError, match="no records under"):
+        recording.merge(theirs)
+    path = records.save(record(), theirs)
+    for wrong in (path, theirs / "nowhere"):
+        with pytest.raises(NotADirectoryError, match=f"{wrong.name} is not a folder"):
+            recording.merge(wrong)
+
+
 def test_of_several_records_of_a_run_the_longest_is_taken(theirs):
     for folder, epochs in (("a", 5), ("b", 9), ("c", 2)):
         records.save(record(epochs=epochs), theirs / folder)
     assert recording.merge(theirs) == [
-        "small/clipped-seed0.json: new",
-        "small/clipped-seed0.json: replaces 5 of 12 epochs",
-        "small/clipped-seed0.json: kept, not shorter",
+        f"{NAME}/small/clipped-seed0.json: new",
+        f"{NAME}/small/clipped-seed0.json: replaces 5 of 12 epochs",
+        f"{NAME}/small/clipped-seed0.json: kept, not shorter",
     ]
     assert recording.read_record(small(), None).shortened == "9 of 12 epochs"
 

@@ -15,24 +15,26 @@ from bnnbook.experiments import (
 
 PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023, bulat2021, liu2021, martinez2020)
 
-# In which order `bnnbook record` runs them: first what the chapters' open claims wait for most,
-# for the time it takes; last what takes days.
+# In which order `bnnbook record` runs them: the orders of filters, whose claims wait for it; the
+# papers' central figures and tables, one paper after the other; then what the other open claims
+# wait for most, for the time it takes; last what takes days.
 PRIORITY = (
     "quist2023.order",
     "quist2023.alpha_sweep",
     "quist2023.alpha_decay",
-    "quist2023.latent_parity",
+    "quist2023.scale_invariance",
     "helwegen2019.figure1",
+    "helwegen2019.section52_short",
+    "binaryconnect.table2_cifar10",
+    "alexnet.figure1",
+    "quist2023.latent_parity",
     "helwegen2019.latent_inference",
     "liu2021.optimizer",
     "martinez2020.pieces",
     "bulat2021.experts",
-    "alexnet.figure1",
-    "binaryconnect.table2_cifar10",
     "binaryconnect.table2",
     "helwegen2019.scaling",
     "quist2023.spectra",
-    "quist2023.scale_invariance",
     "liu2021.two_step",
     "liu2021.weight_decay",
     "bulat2021.width",
@@ -44,7 +46,6 @@ PRIORITY = (
     "alexnet.dropout_gap",
     "alexnet.ten_view",
     "alexnet.kernels",
-    "helwegen2019.section52_short",
     "binaryconnect.table1",
     "binaryconnect.table2_svhn",
     "binaryconnect.clipping",
