@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # What a shell runs in the background ignores Ctrl-C, and hands that on to the processes it starts;
@@ -36,3 +37,18 @@ def press_ctrl_c_at():
         patch.setattr(probes.FlipRatio, "step", counted)
 
     return press
+
+
+@pytest.fixture
+def toy_images(tmp_path, monkeypatch):
+    """A function that puts 32 + 16 random colour images of a size, 10 classes, under "toy"."""
+
+    def put(size: int) -> None:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (48, size, size, 3), dtype=np.uint8)
+        labels = rng.permutation(np.arange(48) % 10)
+        np.savez(tmp_path / "toy.npz", x_train=images[:32], y_train=labels[:32],
+                 x_test=images[32:], y_test=labels[32:])  # fmt: skip
+        monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+
+    return put

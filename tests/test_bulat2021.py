@@ -334,14 +334,9 @@ def test_the_seed_fixes_a_run_and_an_interrupted_one_ends_the_same(
     assert other.metrics != straight.metrics
 
 
-def test_the_full_recipe_runs_on_small_images(tmp_path, monkeypatch):
+def test_the_full_recipe_runs_on_small_images(toy_images, monkeypatch):
     """CIFAR-10's shapes but for the size: all of the full recipe, in a few steps."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8)
-    labels = rng.permutation(np.arange(48) % 10)
-    np.savez(tmp_path / "toy.npz", x_train=images[:32], y_train=labels[:32],
-             x_test=images[32:], y_test=labels[32:])  # fmt: skip
-    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    toy_images(8)
     toy = replace(bulat2021.FULL, dataset="toy", batch_size=16, epochs=3)
     for name, variant in (("gate", "sigmoid"), ("width", "wide-grouped-1x1")):
         monkeypatch.setitem(bulat2021.RECIPES, name, {"full": toy})

@@ -201,14 +201,9 @@ def test_two_steps_continue_from_a_checkpoint_folder(tmp_path):
     assert [h.rows for h in again.histories] == [h.rows for h in first.histories]
 
 
-def test_the_full_recipe_runs_on_small_images(tmp_path, monkeypatch):
+def test_the_full_recipe_runs_on_small_images(toy_images, monkeypatch):
     """CIFAR-10's shapes but for the size: all of the full recipe, in two steps."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8)
-    labels = rng.permutation(np.arange(48) % 10)
-    np.savez(tmp_path / "toy.npz", x_train=images[:32], y_train=labels[:32],
-             x_test=images[32:], y_test=labels[32:])  # fmt: skip
-    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    toy_images(8)
     toy = replace(liu2021.FULL, dataset="toy", batch_size=16, epochs=1)
     monkeypatch.setitem(liu2021.RECIPES, "optimizer", {"full": toy})
     record = liu2021.optimizer("adam-0.001", scale="full", device="cpu", progress=False)

@@ -4,7 +4,6 @@ import functools
 import math
 from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -245,14 +244,9 @@ def test_a_record_is_complete(tmp_path, monkeypatch):
     assert set(saved.arrays) == {f"test_accuracy, {name}" for name in names}
 
 
-def test_the_full_recipe_runs_on_small_images(tmp_path, monkeypatch):
+def test_the_full_recipe_runs_on_small_images(toy_images, monkeypatch):
     """CIFAR's shapes but for the size, two steps of training each, on a narrow network."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (48, 16, 16, 3), dtype=np.uint8)
-    labels = rng.permutation(np.arange(48) % 10)
-    np.savez(tmp_path / "toy.npz", x_train=images[:32], y_train=labels[:32],
-             x_test=images[32:], y_test=labels[32:])  # fmt: skip
-    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    toy_images(16)
     toy = replace(martinez2020.FULL, dataset="toy", batch_size=16, epochs=1, width=8)
     monkeypatch.setitem(martinez2020.RECIPES, "pieces", {"full": toy})
     record = martinez2020.pieces("full", scale="full", device="cpu", progress=False)

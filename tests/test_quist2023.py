@@ -293,14 +293,9 @@ def test_renewed_statistics_leave_the_network_as_it_was():
     assert all(torch.equal(value, before[k]) for k, value in run.model.state_dict().items())
 
 
-def test_the_full_recipe_runs_on_small_images(tmp_path, monkeypatch):
+def test_the_full_recipe_runs_on_small_images(toy_images, monkeypatch):
     """CIFAR-10's shapes but for the size: all of the full recipe, in two steps."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8)
-    labels = rng.permutation(np.arange(48) % 10)
-    np.savez(tmp_path / "toy.npz", x_train=images[:32], y_train=labels[:32],
-             x_test=images[32:], y_test=labels[32:])  # fmt: skip
-    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    toy_images(8)
     toy = replace(quist2023.FULL, dataset="toy", batch_size=16, epochs=1)
     for name, variant in (("order", "second-cosine"), ("scale_invariance", "scaled-lr1-start1")):
         monkeypatch.setitem(quist2023.RECIPES, name, {"full": toy})
