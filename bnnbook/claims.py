@@ -200,7 +200,8 @@ def _summary(id: str, measured, unit: str) -> dict[str, Any]:
         raise ValueError(f"{id}: measured is empty")
     mean, n = statistics.fmean(values), len(values)
     spread = statistics.stdev(values) if n > 1 else None
-    text = str(values[0]) if n == 1 and isinstance(values[0], int) else three_digits(mean, spread)
+    whole = n == 1 and isinstance(values[0], int)
+    text = f"{values[0]}".replace("-", "−") if whole else three_digits(mean, spread)
     text = " ".join(filter(None, (text, unit, f"(n = {n})")))
     return summary | {"values": values, "n": n, "mean": mean, "spread": spread, "text": text}
 
@@ -228,9 +229,13 @@ def three_digits(mean: float, spread: float | None = None) -> str:
 
     >>> three_digits(0.98765, 0.0123), three_digits(98.765), three_digits(1.5, 0.0001)
     ('0.988 ± 0.012', '98.8', '1.50 ± 0.0001')
-    >>> three_digits(0.142, 1e-17), three_digits(0.142, math.nan)
-    ('0.142 ± 0.000', '0.142')
+    >>> three_digits(0.142, 1e-17), three_digits(-0.142, math.nan)
+    ('0.142 ± 0.000', '−0.142')
     """
+    return _digits(mean, spread).replace("-", "−")
+
+
+def _digits(mean: float, spread: float | None) -> str:
     if spread is not None and not spread > 1e-9 * abs(mean):  # rounding, or the NaN of one run
         spread = None if math.isnan(spread) else 0.0
     size = max(abs(mean), spread or 0) or 1.0

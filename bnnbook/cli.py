@@ -182,8 +182,11 @@ def show_data(
 
 def _run_one(job, device, results, runs: Path) -> None:
     """Run a job in this process, and say how it goes."""
-    from bnnbook import recording
+    from bnnbook import recording, records
 
+    for folder in (runs, records.results_folder(results)):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
     runs.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had is an error right away
     checkpoint = job.checkpoint(runs, device)
     try:

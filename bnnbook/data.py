@@ -8,8 +8,10 @@ the root; torchvision's own layout under the root; a download into that layout. 
 argument ``root``, else the environment variable ``BNNBOOK_DATA``, else ``~/.cache/bnnbook``.
 """
 
+import contextlib
 import hashlib
 import os
+import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +34,8 @@ TORCHVISION = {
 }
 NAMES = ("digits", *TORCHVISION)
 DIGITS = tuple("0123456789")
+TIMEOUT = 60.0  # seconds without a byte after which a download is given up
+SLOW_TO_WHITEN = 1000  # values an image has at least for its whitening to be kept in a file
 NPZ_LAYOUT = (
     "x_train, y_train, x_test, y_test and, optionally, classes; "
     "uint8 images (N, H, W) or (N, H, W, C) with C = 1 or 3, integer labels (N,) or (N, 1)"
@@ -368,23 +372,23 @@ def _fetch(name: str, kind, root: Path) -> None:
     Archives that already lie in the layout are used instead of a download; files that are already
     in place stay as they are.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
+    files, archives = _layout(kind, root)
+    wanted = ", ".join(str(path.relative_to(root)) for path in archives or files)
+    places = f"either as {name}.npz ({NPZ_LAYOUT}) or in torchvision's layout ({wanted})"
+    with downloading(name, root, places):
+        if all(path.is_file() for path in files):
+            return  # another process has downloaded it meanwhile
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
             fresh = Path(temporary)
-            for ours, theirs in zip(_layout(kind, root)[1], _layout(kind, fresh)[1], strict=True):
+            for ours, theirs in zip(archives, _layout(kind, fresh)[1], strict=True):
                 if ours.is_file():
                     theirs.parent.mkdir(parents=True, exist_ok=True)
                     theirs.symlink_to(ours.resolve())
             _download(kind, fresh)
-            for source, target in zip(
-                _layout(kind, fresh)[0], _layout(kind, root)[0], strict=True
-            ):
+            for source, target in zip(_layout(kind, fresh)[0], files, strict=True):
                 if not target.exists():
                     target.parent.mkdir(parents=True, exist_ok=True)
                     source.replace(target)
-    except (OSError, RuntimeError, HTTPException, EOFError) as error:
-        raise DataError(_where_to_put(name, kind, root, error)) from error
 
 
 def _download(kind, root: Path) -> None:
@@ -396,15 +400,48 @@ def _download(kind, root: Path) -> None:
         kind(root, download=True)
 
 
-def _where_to_put(name: str, kind, root: Path, error: Exception) -> str:
-    files, archives = _layout(kind, root)
-    wanted = ", ".join(str(path.relative_to(root)) for path in archives or files)
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"{name} is not under {root} and could not be downloaded ({reason}). "
-        f"Put it there either as {name}.npz ({NPZ_LAYOUT}) or in torchvision's layout ({wanted}); "
-        f"or name the folder that holds it: the environment variable BNNBOOK_DATA, or root=."
-    )
+@contextlib.contextmanager
+def downloading(name: str, root: Path, places: str) -> Iterator[None]:
+    """Download into ``root`` within: one process at a time, and no waiting for a silent server.
+
+    What fails, and a server that sends nothing for `TIMEOUT` seconds, becomes a DataError that
+    names the data set and tells to put it there by hand, ``places`` saying as which files.
+    """
+    before = socket.getdefaulttimeout()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(TIMEOUT)  # torchvision opens its connections without any limit
+        with _turn(root):
+            yield
+    except (OSError, RuntimeError, HTTPException, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{name} is not under {root} and could not be downloaded ({reason}). "
+            f"Try again, or put it there {places}; "
+            "or name the folder that holds it: the environment variable BNNBOOK_DATA, or root=."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds the folder's lock, and hold it.
+
+    Where there are no such locks (Windows, some network file systems) nobody waits.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # --- On the device -----------------------------------------------------------------------------
@@ -709,7 +746,8 @@ def contrast_normalize(images: Tensor, scale: float = 55.0, epsilon: float = 1e-
 
 
 def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
-               with_validation: bool = True) -> Callable[[Tensor], Tensor]:  # fmt: skip
+               with_validation: bool = True,
+               root: str | os.PathLike | None = None) -> Callable[[Tensor], Tensor]:  # fmt: skip
     r"""Return BinaryConnect's preprocessing of CIFAR-10: `contrast_normalize`, then ZCA whitening.
 
     :math:`x \mapsto U \Lambda^{-1/2} U^\top (x - m)` with
@@ -720,16 +758,21 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
     leaves out what `Dataset.hold_out` put aside.
 
     uint8 (N, C, H, W) become float32. Fitting is in float64, its eigenproblem of size C·H·W on
-    the CPU: for CIFAR-10 most of a minute on two cores, so make it once and use it for all runs.
-    Images of another shape raise ValueError.
+    the CPU: for CIFAR-10 most of a minute on two cores. So from `SLOW_TO_WHITEN` values on, m and
+    the matrix are kept in a file under ``root`` (as in `load`), where the next call with the same
+    images and settings on the same kind of machine finds the very same numbers; a file that is
+    damaged is made anew. Images of another shape raise ValueError.
     """
     parts = [dataset.train_images]
     if with_validation and dataset.validation_images is not None:
         parts.append(dataset.validation_images)
-    mean, covariance = _contrast_statistics(parts, scale)
-    values, vectors = torch.linalg.eigh(covariance + bias * torch.eye(len(mean)).double())
-    matrix = ((vectors * values.rsqrt()) @ vectors.T).float()
-    mean, shape = mean.float(), dataset.train_images.shape[1:]
+
+    def fit() -> tuple[Tensor, Tensor]:
+        mean, covariance = _contrast_statistics(parts, scale)
+        values, vectors = torch.linalg.eigh(covariance + bias * torch.eye(len(mean)).double())
+        return mean.float(), ((vectors * values.rsqrt()) @ vectors.T).float()
+
+    (mean, matrix), shape = _kept(fit, parts, (scale, bias), root_folder(root)), parts[0].shape[1:]
 
     def preprocess(images: Tensor) -> Tensor:
         nonlocal mean, matrix
@@ -740,6 +783,59 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
         return (centred @ matrix).view(images.shape)
 
     return preprocess
+
+
+def _kept(fit: Callable, parts: list[Tensor], settings: tuple, root: Path):
+    """Return what ``fit`` returns, mean (D,) and matrix (D, D): from its file, if there is one."""
+    size = parts[0][0].numel()
+    if size < SLOW_TO_WHITEN:
+        return fit()
+    path = root / "whitening" / f"{_whitening_key(parts, settings)}.npz"
+    rows = _read_rows(path, (size + 1, size))
+    if rows is None:
+        mean, matrix = fit()
+        _write_rows(path, torch.cat([mean[None], matrix]))
+        return mean, matrix
+    return rows[0].clone(), rows[1:].clone()  # aligned as torch aligns: equal bits need it
+
+
+def _whitening_key(parts: list[Tensor], settings: tuple) -> str:
+    """Return the SHA-256 of all that a fit depends on, to the last bit.
+
+    The images themselves are hashed: a data set keeps its ``sha256`` when a part is held out. On
+    threads, device and version of torch depends how the sums are rounded.
+    """
+    device, processor = parts[0].device, torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    rounding = torch.__version__, torch.get_num_threads(), processor, name
+    digest = hashlib.sha256(repr((settings, rounding)).encode())
+    for images in parts:
+        digest.update(f"{tuple(images.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(images.cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def _read_rows(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    """Return the float32 array in a file, or None if there is no whole one of that shape."""
+    try:
+        with path.open("rb") as file:
+            rows = np.load(file, allow_pickle=False)["rows"]  # the archive has a checksum
+    except Exception:  # a damaged archive can fail anywhere in zipfile or NumPy's parser
+        return None
+    return torch.from_numpy(rows) if (rows.shape, rows.dtype) == (shape, np.float32) else None
+
+
+def _write_rows(path: Path, rows: Tensor) -> None:
+    """Write an array, whole or not at all; a folder that cannot be written costs time only."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                np.savez(file, rows=rows.numpy())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _contrast_statistics(parts: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:

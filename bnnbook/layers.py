@@ -38,7 +38,14 @@ class BinaryLayer:
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def set_quantizers(self, weight_quantizer: Quantizer | None, input_quantizer) -> None:
-        """Set the quantizers; a layer without a weight quantizer gets weights of exactly ±1."""
+        """Set the quantizers; a layer without a weight quantizer gets weights of exactly ±1.
+
+        Raises TypeError for what is neither a function nor None, a quantizer's name for example.
+        """
+        for kind, quantizer in zip(QUANTIZED, (weight_quantizer, input_quantizer), strict=True):
+            if quantizer is not None and not callable(quantizer):
+                raise TypeError(f"{kind} must be a function such as binarize.ste_sign, or None, "
+                                f"not a {type(quantizer).__name__}")  # fmt: skip
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
         if weight_quantizer is None:
             with torch.no_grad():

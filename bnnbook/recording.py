@@ -132,8 +132,9 @@ def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> Stat
     if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.epochs):
         return State("recorded", "recorded")
     checkpoint = job.checkpoint(runs, device)
-    if checkpoint.is_dir():  # of several trainings, each with its own epochs
-        return State("partial", "partial")
+    if checkpoint.is_dir():  # how many trainings there will be only the experiment knows
+        epochs, _ = so_far(checkpoint)
+        return State("partial", f"partial, {epochs} epochs of several trainings")
     if checkpoint.exists():
         return State("partial", f"partial, {epochs_done(checkpoint)} of {job.planned} epochs")
     if found:
@@ -154,13 +155,23 @@ def length_of(record: Record) -> int:
 
 def epochs_done(checkpoint: Path) -> int:
     """Return the whole epochs in a checkpoint; 0 for none, a damaged one, or a folder of some."""
-    if not checkpoint.is_file():
-        return 0
+    return so_far(checkpoint)[0] if checkpoint.is_file() else 0
+
+
+def so_far(checkpoint: Path) -> tuple[int, float]:
+    """Return the whole epochs in a checkpoint, or in all those of a folder, and their seconds.
+
+    What is damaged counts as nothing.
+    """
+    if checkpoint.is_dir():
+        each = [so_far(path) for path in checkpoint.rglob("*.pt")]
+        return sum(epochs for epochs, _ in each), sum(seconds for _, seconds in each)
     try:
         # mmap: no weights are read, only the few numbers beside them
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return state["epoch"], sum(row["seconds"] for row in state.get("rows", ()))
     except training.DAMAGE:
-        return 0
+        return 0, 0.0
 
 
 def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], float]:
@@ -178,11 +189,17 @@ def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], fl
 
 
 def _add_pace(measured: dict[tuple[str, ...], float], record: Record) -> None:
-    """Note what an epoch of a record took, under all keys of `seconds_an_epoch`."""
+    """Note what an epoch of a record took, under all keys of `seconds_an_epoch`.
+
+    For its own experiment these are the seconds of all its trainings per epoch of the recipe;
+    another experiment has other trainings, so that for it a single epoch counts.
+    """
     if record.seconds and record.history:
         key = record.experiment, record.scale
-        for each in ((*key, record.variant), key, _alike(record.recipe)):
-            measured[each] = record.seconds / len(record.history)
+        for each in ((*key, record.variant), key):
+            measured[each] = record.seconds / length_of(record)
+        took = [row["seconds"] for row in record.history if "seconds" in row]
+        measured[_alike(record.recipe)] = sum(took or [record.seconds]) / len(record.history)
 
 
 def _alike(recipe: Mapping) -> tuple[str, ...]:
@@ -320,7 +337,8 @@ class _Crew:
         self.running: dict = {}  # from the pipe on which a process reports to (job, process)
         self.lacking: dict[str, str] = {}  # from data sets that cannot be had to why
         self.outcome = Outcome()
-        threads = max(1, (os.cpu_count() or 1) // at_once) if at_once > 1 else None
+        # torch counts the cores that this process may use, which can be fewer than there are
+        threads = max(1, torch.get_num_threads() // at_once) if at_once > 1 else None
         self.settings = device, results, runs, threads, checkpoint_minutes
         # one run alone has a bar of its own, and a terminal room for one
         show = at_once > 1 and sys.stderr.isatty()
@@ -337,8 +355,11 @@ class _Crew:
 
     def remaining(self, job: Job) -> float:
         """Return the seconds that a job still takes; 0 when they cannot be known."""
-        done = epochs_done(job.checkpoint(self.runs, self.device))
-        return estimate(job, self.measured, done) or 0
+        checkpoint = job.checkpoint(self.runs, self.device)
+        if checkpoint.is_dir():  # whose epochs are those of several trainings
+            _, seconds = so_far(checkpoint)
+            return max(0.0, (estimate(job, self.measured) or 0) - seconds)
+        return estimate(job, self.measured, epochs_done(checkpoint)) or 0
 
     def start(self, job: Job) -> None:
         """Begin a job in a fresh process; forked ones cannot use CUDA."""
@@ -495,8 +516,8 @@ def _remove_parts(job: Job, results: Path | None, runs: Path, device: str) -> No
     """Remove the half-written files of a process that was killed at this job."""
     checkpoint = job.checkpoint(runs, device)
     record = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)
-    for part in (*runs.glob(f"{checkpoint.name}.*.part"), *checkpoint.glob("*.part"),
-                 *record.parent.glob(f".{record.name}.*.part")):  # fmt: skip
+    for part in (*runs.glob(f"{checkpoint.name}.*.part"), *checkpoint.rglob("*.part"),
+                 *records.parts_of(record)):  # fmt: skip
         part.unlink(missing_ok=True)
 
 
@@ -562,8 +583,8 @@ def merge(source: Path, root: Path | None = None) -> list[str]:
     experiment or variant is not known, when it is of full scale and names no commit, or a changed
     one, and when its data set has another SHA-256 than that of the same name in the records there
     or in its own folder. A shortened record never replaces a longer one, nor any record one of the
-    same length. Ctrl-C waits until the files are written. Raises `records.RecordError`, and
-    NotADirectoryError.
+    same length. Ctrl-C waits until the files are written; killed between two, the same import
+    writes the others. Raises `records.RecordError`, and NotADirectoryError.
     """
     _check_is_folder(Path(source))
     paths = sorted(p for p in Path(source).rglob("*.json") if not p.name.startswith("."))
@@ -632,3 +653,5 @@ def _replace_all(new: dict[Path, Record], root: Path | None) -> None:
             else:
                 records.write_atomically(path, content.decode())
         raise
+    for part in (part for path in new for part in records.parts_of(path)):
+        part.unlink(missing_ok=True)  # of an import that was killed

@@ -232,14 +232,15 @@ def save(
         write_atomically(path, text)
     except OSError as error:
         raise RecordError(
-            f"cannot write {path}: {error}; name another folder by root= or BNNBOOK_RESULTS"
+            f"cannot write {path}: {error}; name another folder by --results, root= or "
+            "BNNBOOK_RESULTS"
         ) from error
     return path
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file; whoever reads it, and whenever, finds the old one or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # as in `parts_of`
     try:
         with part.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -248,6 +249,11 @@ def write_atomically(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return what processes that write this file, or were killed at it, have written so far."""
+    return sorted(path.parent.glob(f".{path.name}.*.part"))
 
 
 def _dumps(record: Record) -> str:

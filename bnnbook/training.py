@@ -11,16 +11,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import CellType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from bnnbook import graphs
 from bnnbook.data import Dataset, unit_range
+from bnnbook.layers import BinaryLayer
 
 CHECK_EVERY = 64  # steps between two looks at the losses on a CPU; elsewhere it is once an epoch
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # beside the progress bar
@@ -169,6 +173,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
           preprocess: Callable = unit_range, schedulers: Iterable = (), probes: Sequence = (),
           test_model: Callable[[nn.Module], nn.Module] | None = None, evaluate_every: int = 1,
           seed: int = 0, device=None, autocast: bool = True, compile: bool = False,
+          graph: bool = False,
           checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float | None = None,
           progress: bool | None = None) -> History:  # fmt: skip
     """Train the model in place and return its `History`, one row an epoch.
@@ -185,11 +190,17 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     device: "cpu", "cuda", or None for the best there is.
     autocast: on CUDA, compute in the type `autocast_dtype` chooses.
     compile: use torch.compile.
+    graph: on CUDA, record the forward and the backward pass once as a CUDA graph and replay it,
+    for steps too small to keep a GPU busy. The numbers are the same, but augment, preprocess, loss
+    and model must be made of tensor operations on the device: a number that Python draws for each
+    batch would be drawn once. Step by step as ever on a CPU, in float16, for a model with hooks,
+    and where the environment variable BNNBOOK_GRAPHS is 0.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators, and on CUDA if the backward pass of no
     layer adds in changing order, as that of overlapping max-pooling does); it is written every
     ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on Ctrl-C after the
-    step in progress.
+    step in progress. A file of other data, another network or other settings is refused; functions
+    are known by their names and the numbers they were made with, not by their code.
     progress: a bar; by default only on a terminal and on Colab.
 
     Raises NonFiniteLossError, CheckpointError, and ValueError for arguments that make no sense.
@@ -199,13 +210,14 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
                augment=augment, preprocess=preprocess, schedulers=tuple(schedulers),
                probes=tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
-               device=choose_device(device), autocast=autocast, compile=compile,
+               device=choose_device(device), autocast=autocast, compile=compile, graph=graph,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
     with (
         _reproducible(run.device, seed), _stop_signals(run), _hooks_off_after(run.probes),
         _bar(run, progress) as bar,
     ):  # fmt: skip
         run.resume()
+        run.record_graph()
         while run.epoch < epochs:
             bar.update(run.epoch - bar.n)
             train_epoch(run)
@@ -214,6 +226,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
             run.save_when_due()
         bar.update(epochs - bar.n)
         run.save_if_possible()
+        run.save_when_due()  # Ctrl-C meanwhile: other trainings of the same run do not begin
     return History(run.rows)
 
 
@@ -222,26 +235,46 @@ def train_epoch(run: "_Run") -> None:
     run.model.train()
     order = epoch_order(len(run.labels), run.seed, run.epoch).to(run.device)
     while run.step < run.steps:
-        index = order[run.step * run.batch_size : (run.step + 1) * run.batch_size]
-        train_step(run, run.batch(index), run.labels[index])
+        train_step(run, order[run.step * run.batch_size : (run.step + 1) * run.batch_size])
         run.step += 1
         run.after_step()
 
 
-def train_step(run: "_Run", images: Tensor, targets: Tensor) -> None:
-    """Do one step: forward, backward, update. Losses and hits stay on the device."""
-    with _autocast(run.device, run.autocast):
-        outputs = run.forward(images)
-    value = run.loss(outputs.float(), targets)
-    run.scaler.scale(value).backward()
+def train_step(run: "_Run", index: Tensor) -> None:
+    """Do one step on the images at index. Losses and hits stay on the device."""
+    value, hits = run.gradients(index)
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     for probe in run.probes:
         probe.step()
-    run.losses[run.step] = value.detach()
-    run.hits += (outputs.argmax(1) == targets).sum()
+    run.losses[run.step] = value
+    run.hits += hits
+
+
+class _GraphedGradients:
+    """What `_Run.gradients` does, replayed as a CUDA graph."""
+
+    def __init__(self, run: "_Run"):
+        self.index = torch.arange(run.batch_size, device=run.device)
+        self.parameters = list(run.model.parameters())
+        with _undone(run):
+            self.graph = graphs.Graph(partial(self.record, run), run.device)
+        self.grads = [parameter.grad for parameter in self.parameters]
+
+    def record(self, run: "_Run"):
+        """Compute gradients into new tensors, of which the graph keeps the last."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        return run.gradients(self.index)
+
+    def __call__(self, index: Tensor):
+        self.index.copy_(index)
+        outputs = self.graph()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad  # which the optimizer's zero_grad took off
+        return outputs
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -290,6 +323,25 @@ class _Run:
         self.started = self.saved = time.monotonic()
         for probe in self.probes:
             probe.start(model)
+        self.settings = self.functions() | self.numbers_in(
+            {name: [part.state_dict() for part in parts] for name, parts in self.parts().items()}
+        )
+
+    def record_graph(self) -> None:
+        """Replace `gradients` by a CUDA graph of it, if that is asked for and possible."""
+        asked = self.graph and graphs.is_wanted(self.device)
+        if asked and not self.scaler.is_enabled() and not graphs.has_hooks(self.model):
+            self.model.train()
+            self.gradients = _GraphedGradients(self)
+
+    def gradients(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the forward and the backward pass on the images at index: the loss, and the hits."""
+        images, targets = self.batch(index), self.labels[index]
+        with _autocast(self.device, self.autocast):
+            outputs = self.forward(images)
+        value = self.loss(outputs.float(), targets)
+        self.scaler.scale(value).backward()
+        return value.detach(), (outputs.argmax(1) == targets).sum()
 
     def batch(self, index: Tensor) -> Tensor:
         """Return the training images at index as the model takes them."""
@@ -301,6 +353,8 @@ class _Run:
 
     def after_step(self) -> None:
         """Look at the losses now and then, and at whether a checkpoint is due."""
+        if self.step == 1 and self.epoch == 0:
+            _check_binary(self.model)
         is_cpu = self.device.type == "cpu"  # an accelerator would have to be waited for
         if self.step == self.steps or (is_cpu and self.step % CHECK_EVERY == 0):
             self.check_losses()
@@ -312,7 +366,9 @@ class _Run:
         if self.stop is not None:
             self.check_losses()
             self.save()
-            raise KeyboardInterrupt(f"stopped after {self.epoch} epochs and {self.step} steps")
+            where = f"; {self.checkpoint} holds the run, the same call continues it"
+            raise KeyboardInterrupt(f"stopped after {self.epoch} epochs and {self.step} steps"
+                                    f"{where if self.checkpoint else ''}")  # fmt: skip
         if self.checkpoint and time.monotonic() - self.saved > 60 * self.minutes:
             self.check_losses()
             self.save_if_possible()
@@ -322,10 +378,13 @@ class _Run:
         bad = (~self.losses[: self.step].isfinite()).nonzero()
         if len(bad):
             step = bad[0].item()
+            is_first = step == self.epoch == 0
             raise NonFiniteLossError(
                 f"the loss is {self.losses[step].item()} in epoch {self.epoch + 1}, "
-                f"step {step + 1} of {self.steps}; a smaller learning rate usually helps"
-            )
+                f"step {step + 1} of {self.steps}; "
+                + ("look at preprocess, model and loss: no weight has moved yet" if is_first
+                   else "a smaller learning rate usually helps")
+            )  # fmt: skip
 
     def end_epoch(self) -> None:
         """Evaluate, add a row to the history, and let the schedulers step."""
@@ -338,6 +397,7 @@ class _Run:
         }
         for probe in self.probes:
             row.update(probe.epoch())
+        _check_binary(self.model)
         for scheduler in self.schedulers:
             scheduler.step()
         now = time.monotonic()
@@ -392,6 +452,22 @@ class _Run:
             "device type": self.device.type,
         }
 
+    def functions(self) -> dict[str, str]:
+        """Return what the functions are set to that a run was given."""
+        return {f"setting of {name}": _words(getattr(self, name))
+                for name in ("loss", "augment", "preprocess", "test_model")}  # fmt: skip
+
+    def numbers_in(self, states: Mapping[str, Sequence[Mapping]]) -> dict[str, object]:
+        """Return the numbers of optimizers and schedulers in such states, by name."""
+        found: dict[str, object] = {}
+        for kind in ("optimizers", "schedulers"):
+            for part, state in zip(self.parts()[kind], states[kind], strict=True):
+                for group, numbers in enumerate(state.get("param_groups", [state])):
+                    where = f"{type(part).__name__} (group {group})"
+                    found |= {f"{key} of {where}": value for key, value in numbers.items()
+                              if key != "params" and _is_plain(value)}  # fmt: skip
+        return found
+
     def parts(self) -> dict[str, list]:
         """Return everything with a state_dict, by name."""
         return {
@@ -409,7 +485,8 @@ class _Run:
         parts = self.parts().items()
         state = {name: [part.state_dict() for part in members] for name, members in parts}
         state |= {
-            "format": CHECKPOINT_FORMAT, "identity": self.identity(), "epoch": self.epoch,
+            "format": CHECKPOINT_FORMAT, "identity": self.identity(), "settings": self.settings,
+            "epoch": self.epoch,
             "step": self.step, "rows": self.rows, "losses": self.losses, "hits": self.hits,
             "seconds": time.monotonic() - self.started, "random": torch.get_rng_state(),
         }  # fmt: skip
@@ -440,11 +517,13 @@ class _Run:
             return
         state = _read_checkpoint(self.checkpoint)
         for name, value in self.identity().items():
-            if state["identity"].get(name) != value:
-                raise CheckpointError(
-                    f"{self.checkpoint} belongs to another run: its {name} is "
-                    f"{state['identity'].get(name)}, here it is {value}; remove it to start anew"
-                )
+            self.compare(name, value, [state["identity"].get(name)])
+        # as new at the start of a program; as saved when a notebook goes on with the same objects
+        known = [state["settings"], self.numbers_in(state)] if "settings" in state else []
+        for name, value in self.settings.items():
+            there = [each[name] for each in known if name in each]  # another torch has others
+            self.compare(name, value, there or [value])
+        self.settings = state.get("settings", self.settings)  # those of its beginning
         for name, parts in self.parts().items():
             for part, saved in zip(parts, state[name], strict=True):
                 part.load_state_dict(saved)
@@ -455,6 +534,14 @@ class _Run:
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+
+    def compare(self, name: str, value, known: Sequence) -> None:
+        """Raise if a value of this run is none of those that the checkpoint knows."""
+        if value not in known:
+            raise CheckpointError(
+                f"{self.checkpoint} belongs to another run: its {name} is {known[0]}, here it is "
+                f"{value}; remove it to start anew, or name another file"
+            )
 
 
 def _read_checkpoint(path: Path) -> dict:
@@ -481,6 +568,40 @@ def _name(function: Callable | None) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
+def _is_plain(value) -> bool:
+    """Whether a value is a number, a word, or a sequence of such: the same in every process."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _words(value, depth: int = 4) -> str:
+    """Return what a function is called and which plain values it was made with."""
+    if _is_plain(value) or isinstance(value, nn.Module):
+        return repr(value)
+    inside = []
+    if isinstance(value, (tuple, list)):
+        inside = value
+    elif isinstance(value, partial):
+        inside = [value.func, *value.args, *value.keywords, *value.keywords.values()]
+    else:
+        cells = getattr(value, "__closure__", None) or ()
+        inside = [cell.cell_contents for cell in cells if cell != CellType()]
+    listed = [_words(each, depth - 1) for each in inside] if depth else []
+    return f"{_name(value)}({', '.join(listed)})"
+
+
+def _check_binary(model: nn.Module) -> None:
+    """Raise if weights without a quantizer are not ±1 any more: results would not be binary."""
+    for name, layer in model.named_modules():
+        is_binary = isinstance(layer, BinaryLayer) and layer.weight_quantizer is None
+        if is_binary and not (layer.weight.abs() == 1).all():
+            raise ValueError(
+                f"{name}.weight is not ±1 any more. Without a weight_quantizer only an optimizer "
+                "that flips signs (Bop, CascadedEMA) may hold it: see split_parameters"
+            )
+
+
 def _as_tuple(optimizers) -> tuple:
     if isinstance(optimizers, torch.optim.Optimizer):
         return (optimizers,)
@@ -499,6 +620,13 @@ def _validate(data, optimizers, epochs, every, batch_size, model, device) -> Non
         )
     if not optimizers:
         raise ValueError("no optimizer was given")
+    ours = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds no parameter of this model: was it made for "
+                "another, or before a layer was replaced?"
+            )
     wrong = {p.device.type for p in model.parameters()} - {device.type}
     if wrong:
         raise ValueError(
@@ -517,6 +645,22 @@ def _reproducible(device: torch.device, seed: int):
     ):
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _undone(run: _Run):
+    """Take back what passes change besides gradients: the model's buffers, the random numbers."""
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+    devices = [run.device] if run.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    except RuntimeError as error:
+        error.add_note("BNNBOOK_GRAPHS=0 in the environment trains without CUDA graphs")
+        raise
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 @contextlib.contextmanager

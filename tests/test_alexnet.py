@@ -153,6 +153,19 @@ def test_kernels_are_recorded_as_images():
     assert {"colourfulness, tower 1", "colourfulness, tower 2"} <= record.metrics.keys()
 
 
+def test_images_that_the_reader_has_not_brought_are_a_data_set_that_is_lacking(
+    tmp_path, monkeypatch, toy_images
+):
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    for options in ({"scale": "full"}, {"dataset": "tiny-imagenet-20"}):
+        with pytest.raises(data.DataError, match="unknown data set 'tiny-imagenet-20'") as caught:
+            alexnet.kernels("one-tower", epochs=1, device="cpu", **options)
+        assert str(tmp_path) in str(caught.value)
+        assert "put a tiny-imagenet-20.npz there (x_train, " in str(caught.value)
+    toy_images(32)  # what the reader has brought is used
+    assert alexnet.kernels("one-tower", epochs=1, device="cpu", dataset="toy").dataset == "toy"
+
+
 def test_patches_of_the_photographs():
     patches = alexnet.photographs(size=12, train=60, test=30)
     assert patches.train_images.shape == (60, 3, 12, 12)

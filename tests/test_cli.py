@@ -294,12 +294,11 @@ def test_debugging_shows_the_traceback():
     assert "ValueError: unknown experiment 'nonsense'" in done.stderr
 
 
-def test_a_folder_for_checkpoints_that_cannot_be_had_is_an_error_before_the_run(
-    monkeypatch, capsys, toy
-):
+@pytest.mark.parametrize("option", ["--runs", "--results"])
+def test_a_folder_that_is_a_file_is_an_error_before_the_run(monkeypatch, capsys, toy, option):
     Path("taken").write_text("a file")
-    line = refused(monkeypatch, capsys, "run", "toy.table", "--runs", "taken", hint=True)
-    assert "taken" in line
+    line = refused(monkeypatch, capsys, "run", "toy.table", option, "taken")
+    assert "taken is not a folder" in line
     assert toy.calls == []
 
 

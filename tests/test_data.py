@@ -3,6 +3,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import socket
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -742,6 +745,68 @@ def test_files_in_place_are_never_overwritten_by_a_download(tmp_path, monkeypatc
     assert mine.read_bytes() == b"mine"
 
 
+@pytest.fixture
+def silent(monkeypatch):
+    """The address of a server that takes every request and says nothing for 4 seconds."""
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            over.wait(4)
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    over = threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        over.set()
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch, silent, name):
+    monkeypatch.setattr(data, "TIMEOUT", 0.2)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [silent])
+    monkeypatch.setattr(datasets.CIFAR10, "url", silent + "cifar-10-python.tar.gz")
+    began = time.monotonic()
+    with pytest.raises(data.DataError, match=r"could not be downloaded \(.*timed out.*Try again"):
+        data.load(name, tmp_path / "sets")
+    assert time.monotonic() - began < 3
+    assert list((tmp_path / "sets").iterdir()) == []
+    assert socket.getdefaulttimeout() is None  # others may wait as long as they like
+
+
+def test_of_two_processes_one_downloads(tmp_path, monkeypatch, server):
+    """The other waits for its turn, and finds the files."""
+    _, address = server
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [address + "nothing-is-here/"])
+    root, loaded = tmp_path / "sets", []
+    root.mkdir()
+    thread = threading.Thread(target=lambda: loaded.append(data.load("mnist", root)))
+    with data._turn(root):
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        fake_mnist(root, monkeypatch)
+    thread.join(30)
+    assert [len(each.train_images) for each in loaded] == [20]
+
+
+def test_what_fails_in_a_download_names_the_set_and_the_files(tmp_path):
+    words = r"svhn\+extra is not under .* could not be downloaded \(cut\).* as x\.mat"
+    with (
+        pytest.raises(data.DataError, match=words),
+        data.downloading("svhn+extra", tmp_path / "sets", "as x.mat"),
+    ):
+        raise OSError("cut")
+
+
 # --- Batches -----------------------------------------------------------------------------------
 
 
@@ -1197,6 +1262,100 @@ def test_zca_is_fitted_on_the_held_out_images_too_unless_told_otherwise():
     np.testing.assert_allclose(without.flatten(1), twin, atol=2e-4)
     with pytest.raises(ValueError, match=r"fitted on images \(3, 3, 3\), not \(1, 4, 5\)"):
         data.zca_whiten(d)(toy().train_images)
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """A function that whitens some images, with a folder in which even small fits are kept."""
+    monkeypatch.setattr(data, "SLOW_TO_WHITEN", 10)
+
+    def whiten(d, **options):
+        return data.zca_whiten(d, **{"root": tmp_path} | options)(d.test_images[:20])
+
+    return whiten
+
+
+def kept_files(tmp_path):
+    return sorted((tmp_path / "whitening").iterdir())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_whitening_is_kept_and_found_to_the_last_bit(tmp_path, monkeypatch, kept, device):
+    d = coloured(n=400, size=3).hold_out(100).to(device)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "SLOW_TO_WHITEN", 1000)
+        without = kept(d)
+        assert not list(tmp_path.iterdir())  # what takes no time is not kept
+    assert torch.equal(kept(d), without)
+    (file,) = kept_files(tmp_path)
+    assert data.found(tmp_path) == []
+    monkeypatch.setattr(data, "_contrast_statistics", lambda *_: pytest.fail("fitted again"))
+    again = kept(d)
+    assert torch.equal(again, without)
+    assert again.device == d.test_images.device
+    assert kept_files(tmp_path) == [file]
+
+
+def test_a_whitening_is_kept_for_these_images_and_settings_only(tmp_path, monkeypatch, kept):
+    d = coloured(n=400, size=3).hold_out(100)
+    kept(d)
+    threads = torch.get_num_threads()
+    others = [replace(d, train_images=d.train_images[:200], train_labels=d.train_labels[:200]),
+              replace(d, train_images=d.train_images.sqrt().to(torch.uint8))]  # fmt: skip
+    assert {other.sha256 for other in others} == {d.sha256}  # which cannot tell them apart
+    options = {"with_validation": False}, {"bias": 1.0}, {"scale": 9.0}
+    cases = [*((other, {}) for other in others), *((d, option) for option in options)]
+    for number, (other, options) in enumerate(cases, 2):
+        expected = kept(other, **options, root=tmp_path / "empty")
+        assert torch.equal(kept(other, **options), expected)
+        assert len(kept_files(tmp_path)) == number
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)  # sums round differently
+    kept(d)
+    assert len(kept_files(tmp_path)) == 7
+
+
+def flip(raw, place):
+    return raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda raw: b"", lambda raw: raw[:200], lambda raw: raw[:-1], lambda raw: b"not an archive",
+    lambda raw: flip(raw, len(raw) // 3), lambda raw: flip(raw, len(raw) - 400),
+], ids=["empty", "cut", "last byte", "foreign", "flipped", "flipped late"])  # fmt: skip
+def test_a_damaged_whitening_is_made_anew(tmp_path, kept, damage):
+    d = coloured(n=400, size=3)
+    expected = kept(d)
+    (file,) = kept_files(tmp_path)
+    whole = file.read_bytes()
+    assert len(whole) > 1000
+    file.write_bytes(damage(whole))
+    assert torch.equal(kept(d), expected)
+    assert np.array_equal(np.load(file)["rows"], np.load(io.BytesIO(whole))["rows"])
+    assert kept_files(tmp_path) == [file]
+
+
+@pytest.mark.parametrize("rows", [np.zeros((27, 27), np.float32), np.zeros((28, 27))])
+def test_a_whitening_of_another_form_is_made_anew(tmp_path, kept, rows):
+    d = coloured(n=400, size=3)
+    expected = kept(d)
+    (file,) = kept_files(tmp_path)
+    np.savez(file, rows=rows)
+    assert torch.equal(kept(d), expected)
+
+
+def test_a_whitening_that_cannot_be_kept_is_made_all_the_same(tmp_path, monkeypatch, kept):
+    d = coloured(n=400, size=3)
+    expected = kept(d)
+    (tmp_path / "file").touch()
+    assert torch.equal(kept(d, root=tmp_path / "file"), expected)
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space is left")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert torch.equal(kept(d, root=tmp_path / "other"), expected)
+    assert kept_files(tmp_path / "other") == []
 
 
 @pytest.mark.skipif("BNNBOOK_TEST_DATA" not in os.environ, reason="BNNBOOK_TEST_DATA is not set")

@@ -839,3 +839,10 @@ def test_the_elastic_link_refuses_what_does_not_fit():
     link = layers.ElasticLink(2, 2)
     with pytest.raises(ValueError, match=r"same height and width, not \(4, 4\) and \(2, 2\)"):
         link(torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2))
+
+
+@pytest.mark.parametrize("kind", ["weight_quantizer", "input_quantizer"])
+@pytest.mark.parametrize("wrong", ["ste_sign", torch.ones(2, 3)])
+def test_what_is_no_quantizer_is_refused_when_the_layer_is_made(kind, wrong):
+    with pytest.raises(TypeError, match=f"{kind} must be a function such as binarize"):
+        layers.BinaryLinear(3, 2, **{kind: wrong})

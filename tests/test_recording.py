@@ -141,9 +141,32 @@ def test_how_far_a_checkpoint_is():
     path.write_bytes(path.read_bytes()[:100])
     assert recording.state(job, [None], runs).words == "partial, 0 of 12 epochs"
     path.unlink()
-    path.mkdir()  # of several trainings
-    assert recording.state(job, [None], runs).words == "partial"
     assert recording.epochs_done(path) == recording.epochs_done(path / "none.pt") == 0
+
+
+def write_trainings(job):
+    """Write the checkpoints of a run of several trainings: 3 and 2 epochs, and one damaged."""
+    folder = job.checkpoint(Path("runs"))
+    for name, epochs in {"first.pt": 3, "rate0.1/epoch0.pt": 2}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"epoch": n + 1, "seconds": 5.0} for n in range(epochs)]
+        torch.save({"epoch": epochs, "rows": rows, "model": [torch.zeros(3)]}, folder / name)
+    (folder / "last.pt").write_bytes(b"damaged")
+    (folder / "last.pt.17.part").write_bytes(b"half")
+    return folder
+
+
+def test_how_far_a_run_of_several_trainings_is():
+    job, runs = small(epochs=None), Path("runs")
+    folder = write_trainings(job)
+    words = "partial, 5 epochs of several trainings"
+    assert recording.state(job, [None], runs) == recording.State("partial", words)
+    assert recording.so_far(folder) == (5, 25.0)
+    assert recording.epochs_done(folder) == 0  # not of the job's own 12
+    shutil.rmtree(folder)
+    folder.mkdir()
+    words = "partial, 0 epochs of several trainings"
+    assert recording.state(job, [None], runs).words == words
 
 
 def test_checkpoints_of_cpu_and_gpu_do_not_meet(monkeypatch):
@@ -171,6 +194,20 @@ def test_minutes_are_those_measured_on_the_same_device():
     assert recording.estimate(small(epochs=4), there, done=3) == 3.0
     assert recording.estimate(Job("binaryconnect.table2", "none", 0), there) is None
     assert recording.seconds_an_epoch("Abacus 10000", [None]) == {}
+
+
+def test_the_minutes_of_several_trainings_are_those_of_all():
+    """Such a record's history is that of the last training, or has the epochs of all of them."""
+    recipe = {"epochs": 4, "dataset": "mnist"}
+    rows = [{"epoch": n + 1, "seconds": 2.0} for n in range(4)]
+    two = record(epochs=4, recipe=recipe, history=rows, seconds=16.0)
+    search = record(epochs=4, recipe=recipe, history=3 * rows, seconds=24.0)
+    for each in (two, search):
+        records.save(each, overwrite=True)
+        there = recording.seconds_an_epoch("Abacus 9000", [None])
+        assert recording.estimate(small(epochs=4), there) == each.seconds
+        assert recording.estimate(small("unclipped", epochs=8), there) == 2 * each.seconds
+        assert there[recording._alike(recipe)] == 2.0  # what it has in common with others
 
 
 def test_each_variant_has_minutes_of_its_own():
@@ -243,6 +280,17 @@ def test_a_data_set_that_is_lacking_is_told_once_and_costs_no_more_time(tmp_path
     ]
 
 
+def test_images_that_only_the_reader_has_are_told_once_too():
+    jobs = [Job("alexnet.kernels", v, 0, "full", 1) for v in ("two-towers", "one-tower")]
+    said = []
+    outcome = recording.work_through(jobs, seconds=300, device="cpu", say=said.append)
+    assert list(outcome.failed) == jobs
+    (why,) = set(outcome.failed.values())
+    assert "put a tiny-imagenet-20.npz there" in why
+    others = f"{jobs[0]} and 1 more on tiny-imagenet-20: failed, {why}"
+    assert said == [f"{jobs[0]} starts", others]
+
+
 def test_runs_side_by_side_on_a_lacking_data_set_say_so_once():
     said, jobs = [], [Job("quist2023.order", "second-none", seed) for seed in range(4)]
     crew = recording._Crew("cpu", None, Path("runs"), 2, None, said.append)
@@ -275,6 +323,25 @@ def test_a_run_that_is_almost_done_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(crew, "start", lambda job: crew.running.update(begun=job))
     crew.fill(20)
     assert crew.running == {"begun": small(epochs=150)}
+
+
+def test_what_several_trainings_have_taken_is_not_to_come():
+    job = small(epochs=None)
+    crew = recording._Crew("auto", None, Path("runs"), 1, None, print, {(NAME, "small"): 3.0})
+    assert crew.remaining(job) == 3.0 * 12
+    write_trainings(job)
+    assert crew.remaining(job) == 3.0 * 12 - 25.0
+    crew.measured = {(NAME, "small"): 1.0}
+    assert crew.remaining(job) == 0
+
+
+def test_processes_share_the_threads_that_this_one_may_use(monkeypatch):
+    """On one core of 64, or with OMP_NUM_THREADS, that is not the machine's number of cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    torch.set_num_threads(6)
+    for at_once, threads in ((1, None), (2, 3), (4, 1), (9, 1)):
+        crew = recording._Crew("cpu", None, Path("runs"), at_once, None, print)
+        assert crew.settings[3] == threads
 
 
 def test_full_scale_records_without_a_commit_are_warned_of_before_they_are_made(monkeypatch):
@@ -459,13 +526,15 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
     folder = Job("binaryconnect.table1", "adam", 0).checkpoint(tmp_path / "runs")
-    folder.mkdir()
-    (folder / "run.pt.17.part").touch()
+    (folder / "rate0.1").mkdir(parents=True)
+    within = [folder / "run.pt.17.part", folder / "rate0.1" / "epoch0.pt.17.part"]
+    for part in within:
+        part.touch()
     recording.work_through([small(epochs=1)], seconds=60, say=lambda line: None)
     assert [part.exists() for part in (*parts, other)] == [False, False, True]
     job = Job("binaryconnect.table1", "adam", 0)
     recording._remove_parts(job, None, tmp_path / "runs", "auto")
-    assert not list(folder.iterdir())
+    assert [part.exists() for part in within] == [False, False]
 
 
 @pytest.mark.parametrize("folder", ["results", "runs"])
@@ -653,6 +722,68 @@ def test_a_signal_waits_until_an_import_is_written(theirs, monkeypatch, number):
     monkeypatch.setattr(records, "write_atomically", interrupted)
     recording.merge(theirs)
     assert len(list(records.read_all())) == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bnnbook import recording, records
+
+at, where = int(sys.argv[2]), sys.argv[3]
+count, save, replace = [], records.save, Path.replace
+
+def kill_in_the_middle(part, path):
+    if len(count) == at and where == "in":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(part, path)
+
+def kill_between_two(*arguments, **options):
+    count.append(1)
+    path = save(*arguments, **options)
+    if len(count) == at and where == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path
+
+Path.replace, records.save = kill_in_the_middle, kill_between_two
+recording.merge(Path(sys.argv[1]))
+"""
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+
+
+@pytest.mark.parametrize(("at", "where"), [(1, "in"), (1, "after"), (2, "in"), (2, "after")])
+def test_an_import_that_was_killed_is_finished_by_the_next(theirs, at, where):
+    """Each record is whole, the old one or the new one; nothing half-written stays."""
+    records.save(record("clipped", epochs=1))
+    for each in (record("clipped", epochs=2), record("unclipped"), record("unclipped", 1)):
+        records.save(each, theirs)
+    here = records.results_folder()
+    before, expected = files_of(here), files_of(theirs)
+    command = [sys.executable, "-c", KILLED, str(theirs), str(at), where]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    after = {path: raw for path, raw in files_of(here).items() if path.suffix == ".json"}
+    written = at - (where == "in")
+    assert sum(expected[path] == raw for path, raw in after.items()) == written
+    assert all(raw in (expected[path], before.get(path)) for path, raw in after.items())
+    assert len(list(records.read_all())) == max(written, 1)
+    lines = recording.merge(theirs)
+    assert files_of(here) == expected
+    assert [line.endswith("kept, not shorter") for line in lines].count(True) == written
+
+
+def test_an_import_that_is_refused_leaves_all_files_as_they_are(theirs):
+    records.save(record("clipped", epochs=1))
+    records.save(record("clipped", epochs=2), theirs)
+    records.save(record("unclipped"), theirs)
+    tamper(records.save(record("unclipped", 1), theirs))
+    both = records.results_folder(), theirs
+    before = [files_of(folder) for folder in both]
+    with pytest.raises(records.RecordError, match="nothing was imported"):
+        recording.merge(theirs)
+    assert [files_of(folder) for folder in both] == before
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

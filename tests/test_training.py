@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ExponentialLR
 
 from bnnbook import data, layers, optim, probes, training
+from bnnbook.layers import BinaryLinear
 from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
 
 
@@ -258,6 +262,62 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
     assert (tmp_path / "run.pt").exists()
 
 
+FLIPS = {"gamma": 0.1, "cycle": 4, "scale": data.unit_range, "padding": 1, "smooth": 0.1}
+
+
+def flip_run(path, made=None, probes=(), **changes):
+    """Train three epochs with schedules of alpha and gamma; ``made`` are objects to go on with."""
+    chosen = FLIPS | changes
+    model, optimizers, schedulers = made or flip_setting(chosen["gamma"], chosen["cycle"])
+    return training.train(
+        model, dataset(), optimizers, epochs=3, batch_size=10, schedulers=schedulers,
+        augment=data.crop_flip(chosen["padding"]), preprocess=chosen["scale"], device="cpu",
+        loss=partial(cross_entropy, label_smoothing=chosen["smooth"]), checkpoint=path,
+        probes=probes,
+    )  # fmt: skip
+
+
+def flip_setting(gamma=0.1, cycle=4):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), BinaryLinear(16, 3, weight_quantizer=None))
+    model.append(nn.BatchNorm1d(3))
+    binary, real = optim.split_parameters(model)
+    flipper = optim.CascadedEMA(binary, 0.01, gamma)
+    schedulers = [CosineAnnealingWarmRestarts(flipper, cycle),
+                  ExponentialLR(optim.rate_as_lr(flipper, "gamma"), 0.5)]  # fmt: skip
+    return model, [flipper, torch.optim.Adam(real)], schedulers
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"gamma": 0.5}, "gamma of CascadedEMA"),
+    ({"cycle": 2}, "T_0 of CosineAnnealingWarmRestarts"),
+    ({"scale": data.signed_range}, "setting of preprocess"),
+    ({"padding": 2}, "setting of augment"),
+    ({"smooth": 0.2}, "setting of loss"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change, name):
+    flip_run(tmp_path / "run.pt")
+    with pytest.raises(training.CheckpointError, match=f"another run: its {name}"):
+        flip_run(tmp_path / "run.pt", **change)
+
+
+def test_moved_schedules_are_the_same_run(tmp_path):
+    path, made, whole = tmp_path / "run.pt", flip_setting(), flip_run(None)
+    with pytest.raises(KeyboardInterrupt):
+        flip_run(path, made, [StopAfter(7)])
+    for objects in (made, made, flip_setting()):  # the interrupted, the complete, and new ones
+        assert without_time(flip_run(path, objects, [StopAfter(0)])) == without_time(whole)
+
+
+def test_a_checkpoint_from_before_settings_were_kept_continues(tmp_path):
+    path = tmp_path / "run.pt"
+    flip_run(path)
+    state = torch.load(path, weights_only=True)
+    del state["settings"]
+    torch.save(state, path)
+    assert len(flip_run(path).rows) == 3
+
+
 def test_a_full_disk_costs_only_the_checkpoint(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -313,6 +373,28 @@ def test_cuda_asked_for_and_absent():
 def test_no_optimizer():
     with pytest.raises(ValueError, match="no optimizer"):
         training.train(setting()[0], dataset(), (), epochs=1, batch_size=10, device="cpu")
+
+
+def test_an_optimizer_of_another_network():
+    model, optimizers, _ = flip_setting()
+    optimizers.append(torch.optim.SGD(flip_setting()[0].parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="SGD holds no parameter of this model"):
+        training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu")
+
+
+@pytest.mark.parametrize("first", [0, 2])  # moved by the first step, or only in the second epoch
+def test_binary_weights_in_the_hands_of_a_real_optimizer(first):
+    model, (flipper, _), _ = flip_setting()
+    adam = torch.optim.Adam(model.parameters())
+    late = torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: float(epoch >= first - 1))
+    with pytest.raises(ValueError, match=r"1\.weight is not ±1 any more.*split_parameters"):
+        training.train(model, dataset(), [adam, flipper], epochs=3, batch_size=10, device="cpu",
+                       schedulers=[late])  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_before_any_step_is_not_blamed_on_the_rate():
+    with pytest.raises(training.NonFiniteLossError, match=r"step 1 of 5; look at preprocess"):
+        run(1, preprocess=lambda images: images / 0.0)
 
 
 def test_two_optimizers_each_step():
@@ -440,6 +522,21 @@ def test_no_progress_bar_without_a_terminal(capfd):
         warnings.simplefilter("ignore")
         run(1, progress=True)
     assert "epoch" in capfd.readouterr().err
+
+
+def test_ctrl_c_during_the_last_checkpoint_stops_what_would_follow(tmp_path, monkeypatch):
+    save = training._Run.save
+
+    def interrupted(run):
+        save(run)
+        if run.stop is None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="2 epochs"):
+            run(2, checkpoint=tmp_path / "run.pt")
+    assert_same(run(2, checkpoint=tmp_path / "run.pt"), run(2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

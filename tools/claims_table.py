@@ -82,7 +82,7 @@ def tally(chapters: list[ChapterClaims]) -> str:
     """How many claims there are, and how many with each verdict, as a sentence."""
     found = Counter(claim["verdict"] for chapter in chapters for claim in chapter.claims)
     parts = [f"{found[verdict]} {verdict}" for verdict in claims.BADGE if found[verdict]]
-    return f"{found.total()} claims: {'; '.join(parts)}."
+    return f"{found.total()} claim{'s' * (found.total() != 1)}: {'; '.join(parts)}."
 
 
 def short_table(chapters: list[ChapterClaims], site: str) -> str:
@@ -102,27 +102,30 @@ def short_table(chapters: list[ChapterClaims], site: str) -> str:
     return _table(["Chapter", "Claim", "Paper", "Ours", "Hardware", "Verdict"], rows)
 
 
-def long_table(chapters: list[ChapterClaims]) -> str:
-    """The short table's columns with n, spread and hardware; links inside the book."""
-    header = ["Chapter", "Claim", "Paper", "Ours", "n", "Spread", "Scale", "Hardware", "Verdict"]
-    rows = []
+def chapter_tables(chapters: list[ChapterClaims]) -> str:
+    """All claims: the count, then for each chapter a heading, its count and its table."""
+    header = ["Claim", "Verdict", "Paper", "Ours", "Scale, hardware"]
+    parts = [tally(chapters)]
     for chapter in chapters:
-        for claim in chapter.claims:
-            measured, badge = claim["measured"], claims.BADGE[claim["verdict"]]
-            rows.append(
-                [
-                    f"[{chapter.title}](../notebooks/{chapter.path.name})",
-                    claim["statement"] + (f" ({claim['source']})" if claim["source"] else ""),
-                    claim["paper"],
-                    measured["text"],
-                    measured["n"],
-                    measured["spread"],
-                    claim["scale"],
-                    claim["hardware"],
-                    f'<span class="verdict {badge}">{claim["verdict"]}</span>',
-                ]
-            )
-    return _table(header, rows)
+        if chapter.claims:
+            parts += [
+                f"## [{chapter.title}](../notebooks/{chapter.path.name})",
+                tally([chapter]),
+                _table(header, [_row(claim) for claim in chapter.claims]),
+            ]
+    return "\n\n".join(parts)
+
+
+def _row(claim: dict[str, Any]) -> list[str]:
+    source = f" ({claim['source']})" if claim["source"] else ""
+    badge = claims.BADGE[claim["verdict"]]
+    return [
+        claim["statement"] + source,
+        f'<span class="verdict {badge}">{claim["verdict"]}</span>',
+        claim["paper"],
+        claim["measured"]["text"],
+        ", ".join(filter(None, (claim["scale"], claim["hardware"]))),
+    ]
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
@@ -134,8 +137,7 @@ def _field(value: Any) -> str:
     """A value inside one field of a Markdown table."""
     if value is None or value == "":
         return "—"
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def inserted(path: Path, table: str) -> str:
@@ -158,7 +160,7 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
     shown = chapters if chosen is None else headlines(chapters, chosen)
     texts = {
         root / "README.md": f"{tally(chapters)}\n\n{short_table(shown, site)}",
-        root / "book" / "what-holds.md": long_table(chapters),
+        root / "book" / "what-holds.md": chapter_tables(chapters),
     }
     texts = {path: inserted(path, table) for path, table in texts.items()}
     return {path: new for path, new in texts.items() if new != path.read_text(encoding="utf-8")}

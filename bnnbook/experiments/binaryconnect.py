@@ -154,7 +154,9 @@ def prepare(name: str, validation: int, whiten: bool, device: torch.device, root
     else:
         dataset = data.load(name, root).hold_out(validation)
     dataset = dataset.to(device)
-    return dataset, (data.zca_whiten if whiten else data.subtract_mean_image)(dataset)
+    if whiten:
+        return dataset, data.zca_whiten(dataset, root=root)
+    return dataset, data.subtract_mean_image(dataset)
 
 
 def svhn_with_extra(root: Path, per_class: int = 400, extra_per_class: int = 200) -> data.Dataset:
@@ -166,7 +168,8 @@ def svhn_with_extra(root: Path, per_class: int = 400, extra_per_class: int = 200
     from torchvision import datasets
 
     base = data.load("svhn", root)
-    extra = datasets.SVHN(root, split="extra", download=True)
+    with data.downloading("svhn+extra", root, "as extra_32x32.mat"):
+        extra = datasets.SVHN(root, split="extra", download=True)
     images = torch.cat([base.train_images, torch.from_numpy(extra.data)])
     labels = [base.train_labels, torch.from_numpy(extra.labels).long()]
     counts = per_class, extra_per_class
@@ -243,7 +246,7 @@ def fit(recipe: Recipe, weights: str, *, dropout: float = 0.0, seed: int = 0, de
         loss=SquaredHingeLoss(recipe.reduction), preprocess=preprocess, seed=seed, device=device,
         schedulers=[torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)],
         probes=[FlipRatio(), Saturation(limit=1.0)], checkpoint=checkpoint, progress=progress,
-        evaluate_every=recipe.evaluate_every,
+        evaluate_every=recipe.evaluate_every, graph=True,
         test_model=lambda m: test_network(m, quantizer, dataset, preprocess, recipe.norm_images),
     )  # fmt: skip
     settings = {"weights": weights, "dropout": dropout, "precision": training.precision(device)}

@@ -257,6 +257,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         preprocess=data.signed_range, seed=seed, device=device, checkpoint=checkpoint,
         schedulers=[MultiStepLR(each, recipe.milestones, 0.1) for each in decaying],
         probes=[*probes, Saturation(limit=1.0)] if recipe.clip else probes, progress=progress,
+        graph=True,
     )  # fmt: skip
     last_layer = flips.history()[:, -1].reshape(len(history.rows), -1)
     for row, pi in zip(history.rows, log_flip_ratio(last_layer).mean(1).tolist(), strict=True):

@@ -245,7 +245,7 @@ def train_step(network: nn.Module, teacher: nn.Module | None, step: Step, number
     return training.train(
         student, dataset, optimizer, epochs=recipe.epochs, batch_size=recipe.batch_size, loss=loss,
         augment=data.crop_flip(padding=4) if recipe.augment else None,
-        preprocess=data.standardize(dataset), schedulers=[schedule], **run,
+        preprocess=data.standardize(dataset), schedulers=[schedule], graph=True, **run,
     )  # fmt: skip
 
 

@@ -282,7 +282,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         schedulers=[EachStep(binary, DECAYS[recipe.decay], steps),
                     EachStep(real, DECAYS["cosine"], steps)],
         probes=[flips, *samples], seed=seed, device=device, checkpoint=checkpoint,
-        progress=progress,
+        progress=progress, graph=True,
     )  # fmt: skip
     return Fit(model, history, dataset, preprocess, recipe, flips, samples)
 

@@ -1,0 +1,63 @@
+"""CUDA graphs: the kernels of a training step recorded once, and launched together ever after.
+
+Python launches a step's hundreds of kernels one by one. If they are small, the GPU waits for it;
+a graph is launched as one.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+WARM_UP = 3  # runs before the recording, in which libraries choose and load their kernels
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+         "_post_accumulate_grad_hooks")  # fmt: skip
+
+
+class Graph:
+    """A function of no arguments, recorded on a CUDA device; calling the graph replays it.
+
+    function: tensor operations on the device. It must not wait for the device, and it finds what
+    it reads at the same place in memory each time: change tensors in place. It runs ``WARM_UP``
+    times before it is recorded. A Python number in it stays what it was during the recording;
+    random numbers are drawn anew.
+    device: the CUDA device.
+
+    The tensors that a call returns, and those that the function left elsewhere, such as gradients,
+    are overwritten by the next call. Raises RuntimeError where the device refuses.
+    """
+
+    def __init__(self, function: Callable, device: torch.device):
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.outputs = function()
+
+    def __call__(self):
+        self.graph.replay()
+        return self.outputs
+
+
+def is_wanted(device: torch.device) -> bool:
+    """Return whether to record graphs here: on CUDA, unless BNNBOOK_GRAPHS is 0.
+
+    >>> is_wanted(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda" and os.environ.get("BNNBOOK_GRAPHS") != "0"
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Return whether Python looks on in the model's passes, which a replayed graph would skip.
+
+    >>> has_hooks(nn.Linear(2, 2))
+    False
+    """
+    parts = [*model.modules(), *model.parameters()]
+    return any(getattr(part, hooks, None) for part in parts for hooks in HOOKS)

@@ -1,0 +1,299 @@
+"""Steps replayed as a CUDA graph: a tape plays its part on a CPU, CUDA where there is one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bnnbook import data, graphs, layers, optim, probes, training
+from bnnbook.experiments import alexnet, binaryconnect, helwegen2019, martinez2020, quist2023
+from bnnbook.models import binaryconnect_mlp, binarynet, birealnet20, expertnet
+
+CPU = torch.device("cpu")
+
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
+         "aten::_unique2"}  # fmt: skip
+
+
+def waits(operation, args) -> bool:
+    """Return whether Python would have to wait for a GPU to finish this operation."""
+    name = operation._schema.name
+    masks = name.startswith("aten::index") and any(
+        isinstance(index, torch.Tensor) and index.dtype == torch.bool
+        for index in tree_leaves(args[1:2])
+    )
+    return name in WAITS or masks
+
+
+class Tape(TorchDispatchMode):
+    """A `graphs.Graph` for a CPU: plays each operation again, on the same memory.
+
+    As a CUDA graph it runs no Python. What an operation returns goes where it went when it was
+    recorded, and every number that was not a tensor then stays what it was.
+    """
+
+    def __init__(self, function, device):
+        super().__init__()
+        self.operations = []
+        for _ in range(graphs.WARM_UP):
+            function()
+        with self:
+            self.outputs = function()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if waits(operation, args):
+            raise RuntimeError(f"{operation} is not permitted when stream is capturing")
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def __call__(self):
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # neither a view nor an operation in place
+        return self.outputs
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Let a tape play each graph's part; the list holds those that were recorded."""
+    tapes = []
+
+    def record(function, device):
+        tapes.append(Tape(function, device))
+        return tapes[-1]
+
+    monkeypatch.setattr(graphs, "Graph", record)
+    monkeypatch.setattr(graphs, "is_wanted", lambda device: True)
+    return tapes
+
+
+def toy(shape, n=32):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    return data.Dataset(images, labels, images[:8], labels[:8], ("a", "b", "c"), "toy")
+
+
+def mlp():
+    model = binaryconnect_mlp(16, (8, 8), 3, weights="stochastic", dropout=0.3)
+    optimizer = torch.optim.Adam(optim.glorot_scaled_groups(model, 0.01, 1))
+    optim.clip_after_step(optimizer, model)
+    return model, [optimizer], (1, 4, 4)
+
+
+def bop():
+    model = binarynet(3, widths=(4, 8), hidden=(16,), image_size=16, weight_quantizer=None)
+    binary, real = optim.split_parameters(model)
+    return model, [optim.Bop(binary, gamma=0.1, threshold=0), torch.optim.Adam(real)], (3, 16, 16)
+
+
+def cascade():
+    model = birealnet20(3, widths=(4, 8), convolutions=(2, 2), weight_quantizer=None)
+    binary, real = optim.split_parameters(model)
+    optimizers = [optim.CascadedEMA(binary, 0.1, 0.1), torch.optim.SGD(real, 0.1, 0.9)]
+    return model, optimizers, (3, 12, 12)
+
+
+def experts():
+    model = expertnet(3, blocks=(1,), width=8, groups=(1,), experts=2)
+    return model, [torch.optim.Adam(model.parameters(), 0.01)], (3, 12, 12)
+
+
+def fit(setting, device="cpu", epochs=3, graph=True, **options):
+    torch.manual_seed(0)
+    model, optimizers, shape = setting()
+    model.to(device)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.5)
+    options = {"loss": layers.SquaredHingeLoss(), "probes": [probes.FlipRatio()]} | options
+    history = training.train(
+        model, toy(shape), optimizers, epochs=epochs, batch_size=8, schedulers=[schedule],
+        augment=data.crop_flip(2), device=device, graph=graph, **options,
+    )  # fmt: skip
+    return model, [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+def assert_same(first, second):
+    assert first[1] == second[1]
+    for name, value in first[0].state_dict().items():
+        assert torch.equal(value, second[0].state_dict()[name]), name
+
+
+@pytest.mark.parametrize("setting", [mlp, bop, cascade, experts])
+def test_replayed_steps_train_the_same_network(setting, tape):
+    model, rows = fit(setting)
+    assert len(tape) == 1
+    assert all(parameter.grad is None for parameter in model.parameters())  # nothing left behind
+    assert_same((model, rows), fit(setting, graph=False))
+
+
+def interrupted(path, press_ctrl_c_at, device):
+    """Train with a checkpoint, pressing Ctrl-C after six steps, and go on."""
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c_at(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            fit(mlp, device, checkpoint=path)
+    return fit(mlp, device, checkpoint=path)
+
+
+def test_a_graph_is_recorded_after_the_checkpoint_was_read(tape, tmp_path, press_ctrl_c_at):
+    assert_same(interrupted(tmp_path / "run.pt", press_ctrl_c_at, "cpu"), fit(mlp))
+    assert len(tape) == 3
+
+
+def test_recording_draws_nothing_and_leaves_the_statistics(tape, monkeypatch):
+    def state(run):
+        return [b.clone() for b in run.model.buffers()] + [torch.get_rng_state()]
+
+    def look(run):
+        before = state(run)
+        record(run)
+        assert all(map(torch.equal, before, state(run)))
+
+    record = training._Run.record_graph
+    monkeypatch.setattr(training._Run, "record_graph", look)
+    fit(mlp, epochs=1)
+    assert len(tape) == 1
+
+
+RUNS = [
+    (alexnet, "pooling", "overlapping"),
+    (binaryconnect, "table2", "stochastic"),
+    (helwegen2019, "figure1", "middle"),
+    (martinez2020, "pieces", "full"),
+    (quist2023, "order", "second-cosine"),
+]
+
+
+@pytest.mark.parametrize(("paper", "name", "variant"), RUNS)
+def test_experiments_can_be_replayed(paper, name, variant, tape, monkeypatch):
+    short = replace(paper.RECIPES[name]["small"], batch_size=400, epochs=1)
+    monkeypatch.setitem(paper.RECIPES, name, {"small": short})
+    replayed = getattr(paper, name)(variant, device="cpu")
+    assert tape
+    monkeypatch.setattr(graphs, "is_wanted", lambda device: False)
+    stepped = getattr(paper, name)(variant, device="cpu")
+    assert (replayed.metrics, replayed.arrays) == (stepped.metrics, stepped.arrays)
+
+
+def counting_loss():
+    """Return a loss that grows with each call, by a number of Python's."""
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(outputs)
+        return nn.functional.cross_entropy(outputs, targets) * len(calls)
+
+    return loss
+
+
+def test_what_python_counts_is_recorded_once(tape):
+    replayed, stepped = (fit(mlp, loss=counting_loss(), graph=g)[1] for g in (True, False))
+    assert replayed != stepped  # so the tape does replay, and would show such a mistake
+
+
+def test_the_tape_refuses_what_waits(tape):
+    def mean_of_positive(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets) + outputs[outputs > 0].mean()
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        fit(mlp, loss=mean_of_positive)
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where a step would wait for a GPU; torch keeps Adam's step counters on the CPU."""
+
+    def __init__(self, optimizers):
+        super().__init__()
+        self.optimizers, self.operations = optimizers, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        counters = [id(state.get("step")) for o in self.optimizers for state in o.state.values()]
+        assert not waits(operation, args) or id(args[0]) in counters, operation
+        self.operations += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", [mlp, bop, cascade])
+def test_no_step_waits_for_the_device(setting, monkeypatch):
+    step, counts = training.train_step, []
+
+    def watched(run, index):
+        with NeverWaits(run.optimizers) as mode:
+            step(run, index)
+        counts.append(mode.operations)
+
+    monkeypatch.setattr(training, "train_step", watched)
+    looks = [probes.FlipRatio(per_layer=True, per_step=True), probes.C2I(), probes.Saturation(),
+             probes.ActivationSaturation(), probes.GradientSample(4, 8)]  # fmt: skip
+    fit(setting, probes=looks)
+    assert len(counts) == 12
+    assert min(counts) > 50
+
+
+def hooked(model):
+    model[0].register_forward_hook(lambda *_: None)
+
+
+def hooked_parameter(model):
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda _: None)
+
+
+@pytest.mark.parametrize("hang", [hooked, hooked_parameter])
+def test_a_model_with_hooks_is_trained_step_by_step(hang, tape):
+    def setting():
+        made = mlp()
+        hang(made[0])
+        return made
+
+    fit(setting, epochs=1)
+    assert tape == []
+
+
+def test_the_probes_with_hooks_see_every_step(tape):
+    sample = probes.GradientSample(weights=4, steps=100)
+    fit(mlp, probes=[sample])
+    assert all((g != 0).any(1).all() for g in sample.gradients().values())
+    assert tape == []
+
+
+def test_the_environment_turns_graphs_off(monkeypatch):
+    gpu = torch.device("cuda")
+    assert graphs.is_wanted(gpu)
+    monkeypatch.setenv("BNNBOOK_GRAPHS", "0")
+    assert not graphs.is_wanted(gpu)
+    assert not graphs.is_wanted(CPU)
+
+
+def test_where_a_graph_is_refused_the_error_says_what_to_do(monkeypatch):
+    def refuse(function, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "Graph", refuse)
+    monkeypatch.setattr(graphs, "is_wanted", lambda device: True)
+    with pytest.raises(RuntimeError, match="capturing") as caught:
+        fit(mlp)
+    assert any("BNNBOOK_GRAPHS=0" in note for note in caught.value.__notes__)
+
+
+# --- On a GPU ----------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("setting", [mlp, bop, cascade, experts])
+def test_a_cuda_graph_trains_the_same_network(setting):
+    assert_same(fit(setting, "cuda"), fit(setting, "cuda", graph=False))
+
+
+@needs_cuda
+def test_a_run_with_a_cuda_graph_resumes(tmp_path, press_ctrl_c_at):
+    assert_same(interrupted(tmp_path / "run.pt", press_ctrl_c_at, "cuda"), fit(mlp, "cuda"))
