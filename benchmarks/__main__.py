@@ -12,7 +12,8 @@ import torch
 from bnnbook import records, training
 
 FOLDER = Path(__file__).parent
-NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers", "packing")
+NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers", "packing",
+         "replicas", "recipes")  # fmt: skip
 
 
 def measured(name: str, device: torch.device, repeats: int) -> list[dict]:

@@ -1,12 +1,17 @@
 """The benchmarks run, and say what they measured; how fast anything is, no test decides."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, timing
+from benchmarks import buffers, packing, recipes, replicas, timing
+from bnnbook.experiments import quist2023
+from bnnbook.models import binaryconnect_mlp, birealnet20
 
 CPU = torch.device("cpu")
 
@@ -48,3 +53,79 @@ def test_float32_buffers_are_the_reference():
     found = buffers.simulate(0.1, lambda _: torch.randn(50), steps=40, n=50)
     assert found["float32"]["differ"] == 0
     assert found["float32"]["flips"] > 0
+
+
+MLP = partial(binaryconnect_mlp, 12, (16, 16))
+NET = partial(birealnet20, widths=(4, 8), convolutions=(2, 2), weight_quantizer=None)
+TINY = {
+    "perceptron": replicas.Kind(MLP, replicas.latent, replicas.HINGE, (12,), 10),
+    "Bi-Real Net": replicas.Kind(NET, replicas.flipping, cross_entropy, (3, 8, 8), 10),
+}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", TINY.values(), ids=TINY)
+def test_replicas_in_one_step_are_the_runs_alone(kind, float64):
+    count, steps = 3, 8
+    models = [kind.model(seed, CPU) for seed in range(count)]
+    start = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    step, state = replicas.batched(kind, models)
+    for batch in replicas.stacked(kind, count, CPU, steps):
+        step(*batch)
+    for seed, model in enumerate(models):
+        single = replicas.alone(kind, model)
+        for batch in kind.batches(seed, CPU, steps):
+            single(*batch)
+        assert model.state_dict().keys() == state.keys()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(state[name][seed], tensor, rtol=1e-9, atol=1e-9)
+            assert not torch.equal(tensor, start[seed][name]), name
+
+
+def test_replicas_draw_their_own_dropout():
+    kind = TINY["perceptron"]
+    model = partial(MLP, dropout=0.5)().train()
+    step, state = replicas.batched(kind, [model, model])
+    ((inputs, labels),) = kind.batches(0, CPU)
+    step(torch.stack([inputs] * 2), torch.stack([labels] * 2))
+    first, second = state["1.weight"]
+    assert not torch.equal(first, second)
+
+
+def test_replicas_are_timed_and_followed(monkeypatch):
+    monkeypatch.setattr(replicas, "REPLICAS", (2,))
+    timed, strayed = replicas.run(CPU, 1, {"tiny": TINY["perceptron"]})
+    assert timed["what"] == "tiny: 2 in one step / alone"
+    assert timed["ratio"] == timed["seconds"] / timed["plain_seconds"]
+    assert timed["images_per_second"] == pytest.approx(2 * 10 / timed["seconds"])
+    assert 0 <= strayed["differ"] < 0.5
+
+
+def test_the_median_of_ratios_counts_and_the_first_repeat_does_not():
+    ours, plain = iter([9.0, 2.0, 3.0, 16.0]), iter([1.0, 1.0, 1.0, 2.0])
+    found = replicas.compared(lambda: next(ours), lambda: next(plain), 6, repeats=3)
+    assert found == {"ratio": 3.0, "seconds": 3.0, "plain_seconds": 1.0, "images_per_second": 2.0}
+
+
+def test_processes_do_their_steps_at_once(monkeypatch):
+    monkeypatch.setattr(packing, "AT_ONCE", (2,))
+    monkeypatch.setattr(packing, "PACE", 0.01)
+    (found,) = packing.steps(CPU, 1, {"tiny": TINY["perceptron"]})
+    assert found["what"] == "tiny: 2 processes / alone"
+    assert found["ratio"] > 0
+
+
+def test_an_epoch_of_a_recipe_is_timed_with_its_multiplications(monkeypatch):
+    short = replace(quist2023.FULL, batch_size=50)
+    monkeypatch.setattr(recipes, "CASES", {"two steps": recipes.Case(quist2023.fit, short)})
+    monkeypatch.setattr(recipes, "IMAGES", {"cpu": 100})
+    monkeypatch.setattr(recipes, "SIZE", {"cpu": 16})
+    (found,) = recipes.run(CPU, repeats=1)
+    assert found["images_per_second"] == pytest.approx(100 / found["seconds"])
+    assert found["share_of_matrix_rate"] > 0

@@ -1,0 +1,92 @@
+"""An epoch of three full-scale recipes, on images of CIFAR-10's shape: how fast, and of what.
+
+Each goes through its experiment's own code. On a GPU with its step as a CUDA graph against step by
+step, and its multiplications as a share of the rate of a plain matrix product; the goals are for
+an H200. On a CPU a short epoch of the one recipe that it can bear.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks.timing import best
+from bnnbook.experiments import binaryconnect, helwegen2019, quist2023
+from bnnbook.models import summary
+from bnnbook.training import autocast_dtype
+
+IMAGES = {"cpu": 1024, "cuda": 50_000}
+SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that set the rate
+
+
+@dataclass
+class Case:
+    """A recipe's training, and what an epoch should take at most in seconds on an H200."""
+
+    fit: object
+    recipe: object
+    goal: float | None = None
+    options: tuple = ()
+
+
+CASES = {
+    "Bi-Real Net 20, batch 256": Case(quist2023.fit, quist2023.FULL, 3.0),
+    "BinaryNet, batch 100": Case(helwegen2019.fit, helwegen2019.CIFAR, 1.8),
+    "BinaryConnect's network, batch 50": Case(
+        binaryconnect.fit, binaryconnect.CIFAR10, None, ("stochastic",)
+    ),
+}
+
+
+def write_images(folder: Path, n: int) -> None:
+    """Write n training and n / 5 test images of CIFAR-10's shape as the data set "random"."""
+    rng = np.random.default_rng(0)
+    sets = {}
+    for name, count in (("train", n), ("test", n // 5)):
+        sets[f"x_{name}"] = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        sets[f"y_{name}"] = np.arange(count) % 10
+    np.savez(folder / "random.npz", **sets)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Return the multiplications a second of a product of square matrices, in training's type."""
+    n, dtype = SIZE[device.type], autocast_dtype(device) or torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return n**3 / best({"product": lambda: a @ b}, device, 10)["product"]
+
+
+def timed(case: Case, device: torch.device, graph: bool) -> tuple[float, int]:
+    """Return the seconds of a second epoch, its test included, and its multiplications."""
+    with patch.dict(os.environ, BNNBOOK_GRAPHS=str(int(graph))):
+        fitted = case.fit(replace(case.recipe, dataset="random", epochs=2), *case.options,
+                          device=device)  # fmt: skip
+    macs = summary(fitted.model.cpu(), (3, 32, 32)).loc["total", ["macs", "bops"]].sum()
+    # forward once, backward twice, but for the images of the test
+    passes = 3 * len(fitted.dataset.train_images) + len(fitted.dataset.test_images)
+    return fitted.history.rows[-1]["seconds"], int(macs) * passes
+
+
+def row(name: str, case: Case, device: torch.device, rate: float) -> dict:
+    """Return a recipe's line of the table; "ratio" is of the graph's time to step by step."""
+    seconds, products = timed(case, device, graph=True)
+    found = {"what": f"{name}, an epoch", "seconds": seconds,
+             "images_per_second": IMAGES[device.type] / seconds,
+             "share_of_matrix_rate": products / seconds / rate}  # fmt: skip
+    if device.type == "cpu":
+        return found
+    stepped = timed(case, device, graph=False)[0]
+    goal = {} if case.goal is None else {"goal": f"<= {case.goal} s", "met": seconds <= case.goal}
+    return found | {"ratio": seconds / stepped, "plain_seconds": stepped} | goal
+
+
+def run(device: torch.device, repeats: int) -> list[dict]:
+    """Time the recipes one after the other; ``repeats`` is not used, an epoch is long."""
+    rate = matrix_rate(device)
+    names = list(CASES) if device.type == "cuda" else list(CASES)[:1]
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, BNNBOOK_DATA=folder):
+        write_images(Path(folder), IMAGES[device.type])
+        return [row(name, CASES[name], device, rate) for name in names]
