@@ -4,7 +4,7 @@ Every run is a process of its own. One that fails, or is killed, takes no other 
 several share a GPU or the cores of a CPU. Because nothing else is shared, a run's numbers do not
 depend on how many ran beside it; on a CPU, where they share the threads, convolutions may round
 differently with another number of threads, which the record names. Runs batched into one step
-would round differently in any case (`benchmarks/replicas.py` measures both ways; on a CPU
+would round differently in any case (``benchmarks/replicas.py`` measures both ways; on a CPU
 batching is the slower one but for the smallest networks).
 """
 

@@ -59,7 +59,8 @@ def test_both_tables_are_written_between_their_markers(book):
     for path in (readme, page):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# Page\n\nbefore\n\n<!-- claims:begin -->\n\n")
-        assert text.endswith("|\n\n<!-- claims:end -->\n\nafter\n")
+        end = ":::" if path == page else "|"
+        assert text.endswith(f"{end}\n\n<!-- claims:end -->\n\nafter\n")
 
 
 def test_the_page_has_a_table_a_chapter_and_counts_its_claims(book):

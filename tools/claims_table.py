@@ -111,7 +111,9 @@ def chapter_tables(chapters: list[ChapterClaims]) -> str:
             parts += [
                 f"## [{chapter.title}](../notebooks/{chapter.path.name})",
                 tally([chapter]),
+                ":::{div} bnnbook-wide",
                 _table(header, [_row(claim) for claim in chapter.claims]),
+                ":::",
             ]
     return "\n\n".join(parts)
 
