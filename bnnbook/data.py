@@ -9,6 +9,7 @@ argument ``root``, else the environment variable ``BNNBOOK_DATA``, else ``~/.cac
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import socket
@@ -642,12 +643,12 @@ def pca_colour_noise(dataset: Dataset, scale: float = 0.1,
     if power not in (0.5, 1.0):
         raise ValueError(f"power must be 1 (the paper) or 0.5 (its released code), not {power!r}")
     values, vectors = colour_components(dataset.train_images)
-    axes = (255 * scale * values**power * vectors).T.float()  # row i: one deviation along p_i
+    # row i: one deviation along p_i
+    constants = _on_each_device((255 * scale * values**power * vectors).T.float())
 
     def augment(images: Tensor) -> Tensor:
-        nonlocal axes
         _check_colour(images)
-        axes = axes.to(images.device)
+        (axes,) = constants(images.device)
         noise = torch.randn(len(images), 3, device=images.device) @ axes
         return images.to(torch.float32) + noise[:, :, None, None]
 
@@ -696,14 +697,18 @@ def signed_range(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
+def _on_each_device(*tensors: Tensor) -> Callable[[torch.device], tuple[Tensor, ...]]:
+    """Return device -> the tensors there, copied once and kept: a CUDA graph may read them."""
+    return functools.cache(lambda device: tuple(tensor.to(device) for tensor in tensors))
+
+
 def subtract_mean_image(dataset: Dataset) -> Callable[[Tensor], Tensor]:
     """Return x -> x/255 − m, where m is the mean training image, pixel by pixel, in [0, 1]."""
     total = sum(part.sum(0, dtype=torch.int64) for part in _chunks(dataset.train_images))
-    mean = (total.cpu().double() / (255 * len(dataset.train_images))).float()
+    constants = _on_each_device((total.cpu().double() / (255 * len(dataset.train_images))).float())
 
     def preprocess(images: Tensor) -> Tensor:
-        nonlocal mean
-        mean = mean.to(images.device)  # copies only when the batches come from another device
+        (mean,) = constants(images.device)
         return unit_range(images) - mean
 
     return preprocess
@@ -719,9 +724,10 @@ def standardize(dataset: Dataset) -> Callable[[Tensor], Tensor]:
     if not bool((std > 0).all()):
         raise ValueError(f"channel {int(std.argmin())} is constant: it cannot be standardized")
 
+    constants = _on_each_device(mean, std)
+
     def preprocess(images: Tensor) -> Tensor:
-        nonlocal mean, std
-        mean, std = mean.to(images.device), std.to(images.device)
+        mean, std = constants(images.device)
         return (unit_range(images) - mean) / std
 
     return preprocess
@@ -772,13 +778,13 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
         values, vectors = torch.linalg.eigh(covariance + bias * torch.eye(len(mean)).double())
         return mean.float(), ((vectors * values.rsqrt()) @ vectors.T).float()
 
-    (mean, matrix), shape = _kept(fit, parts, (scale, bias), root_folder(root)), parts[0].shape[1:]
+    constants = _on_each_device(*_kept(fit, parts, (scale, bias), root_folder(root)))
+    shape = parts[0].shape[1:]
 
     def preprocess(images: Tensor) -> Tensor:
-        nonlocal mean, matrix
         if images.shape[1:] != shape:
             raise ValueError(f"fitted on images {tuple(shape)}, not {tuple(images.shape[1:])}")
-        mean, matrix = mean.to(images.device), matrix.to(images.device)
+        mean, matrix = constants(images.device)
         centred = contrast_normalize(images, scale).to(torch.float32).flatten(1) - mean
         return (centred @ matrix).view(images.shape)
 

@@ -15,6 +15,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
          "_post_accumulate_grad_hooks")  # fmt: skip
 
 
+class GraphError(RuntimeError):
+    """A function cannot be recorded as a CUDA graph; the message says what to do."""
+
+
 class Graph:
     """A function of no arguments, recorded on a CUDA device; calling the graph replays it.
 
@@ -25,7 +29,7 @@ class Graph:
     device: the CUDA device.
 
     The tensors that a call returns, and those that the function left elsewhere, such as gradients,
-    are overwritten by the next call. Raises RuntimeError where the device refuses.
+    are overwritten by the next call. Raises GraphError where the device refuses.
     """
 
     def __init__(self, function: Callable, device: torch.device):
@@ -36,8 +40,14 @@ class Graph:
                 for _ in range(WARM_UP):
                     function()
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.outputs = function()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self.outputs = function()
+            except RuntimeError as error:  # which may leave this process unfit for more
+                raise GraphError(
+                    f"the step cannot be recorded as a CUDA graph ({error}); start anew with "
+                    "BNNBOOK_GRAPHS=0 in the environment, which does without"
+                ) from error
 
     def __call__(self):
         self.graph.replay()

@@ -166,7 +166,10 @@ def so_far(checkpoint: Path) -> tuple[int, float]:
     What is damaged counts as nothing.
     """
     if checkpoint.is_dir():
-        each = [so_far(path) for path in checkpoint.rglob("*.pt")]
+        try:
+            each = [so_far(path) for path in checkpoint.rglob("*.pt")]
+        except OSError:  # the run has just ended, and its folder is being removed
+            return 0, 0.0
         return sum(epochs for epochs, _ in each), sum(seconds for _, seconds in each)
     try:
         # mmap: no weights are read, only the few numbers beside them

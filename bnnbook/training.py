@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -217,7 +218,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
         _bar(run, progress) as bar,
     ):  # fmt: skip
         run.resume()
-        run.record_graph()
+        if run.epoch < epochs:
+            run.record_graph()
         while run.epoch < epochs:
             bar.update(run.epoch - bar.n)
             train_epoch(run)
@@ -258,7 +260,8 @@ class _GraphedGradients:
 
     def __init__(self, run: "_Run"):
         self.index = torch.arange(run.batch_size, device=run.device)
-        self.parameters = list(run.model.parameters())
+        held = (p for o in run.optimizers for group in o.param_groups for p in group["params"])
+        self.parameters = list(dict.fromkeys((*run.model.parameters(), *held)))  # a loss's, too
         with _undone(run):
             self.graph = graphs.Graph(partial(self.record, run), run.device)
         self.grads = [parameter.grad for parameter in self.parameters]
@@ -301,6 +304,7 @@ class _Run:
                  seed, compile, **settings):  # fmt: skip
         self.optimizers = _as_tuple(optimizers)
         _validate(data, self.optimizers, epochs, settings["every"], batch_size, model, device)
+        _check_held(self.optimizers, model, settings["loss"])
         self.__dict__.update(settings)
         self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
         self.epochs, self.batch_size = epochs, batch_size
@@ -323,9 +327,7 @@ class _Run:
         self.started = self.saved = time.monotonic()
         for probe in self.probes:
             probe.start(model)
-        self.settings = self.functions() | self.numbers_in(
-            {name: [part.state_dict() for part in parts] for name, parts in self.parts().items()}
-        )
+        self.settings = self.current_settings() if checkpoint else {}
 
     def record_graph(self) -> None:
         """Replace `gradients` by a CUDA graph of it, if that is asked for and possible."""
@@ -452,20 +454,15 @@ class _Run:
             "device type": self.device.type,
         }
 
-    def functions(self) -> dict[str, str]:
-        """Return what the functions are set to that a run was given."""
-        return {f"setting of {name}": _words(getattr(self, name))
-                for name in ("loss", "augment", "preprocess", "test_model")}  # fmt: skip
-
-    def numbers_in(self, states: Mapping[str, Sequence[Mapping]]) -> dict[str, object]:
-        """Return the numbers of optimizers and schedulers in such states, by name."""
+    def current_settings(self) -> dict[str, object]:
+        """Return the numbers that functions, optimizers and schedulers are set to, by name."""
         found: dict[str, object] = {}
+        for name in ("loss", "augment", "preprocess", "test_model"):
+            found[f"setting of {name}"] = _at_first(getattr(self, name), _words)
         for kind in ("optimizers", "schedulers"):
-            for part, state in zip(self.parts()[kind], states[kind], strict=True):
-                for group, numbers in enumerate(state.get("param_groups", [state])):
-                    where = f"{type(part).__name__} (group {group})"
-                    found |= {f"{key} of {where}": value for key, value in numbers.items()
-                              if key != "params" and _is_plain(value)}  # fmt: skip
+            for number, part in enumerate(self.parts()[kind]):
+                for key, value in _at_first(part, _numbers).items():
+                    found[f"{key} of {type(part).__name__} ({number} of the {kind})"] = value
         return found
 
     def parts(self) -> dict[str, list]:
@@ -517,13 +514,9 @@ class _Run:
             return
         state = _read_checkpoint(self.checkpoint)
         for name, value in self.identity().items():
-            self.compare(name, value, [state["identity"].get(name)])
-        # as new at the start of a program; as saved when a notebook goes on with the same objects
-        known = [state["settings"], self.numbers_in(state)] if "settings" in state else []
-        for name, value in self.settings.items():
-            there = [each[name] for each in known if name in each]  # another torch has others
-            self.compare(name, value, there or [value])
-        self.settings = state.get("settings", self.settings)  # those of its beginning
+            self.compare(name, value, state["identity"].get(name))
+        for name, value in state.get("settings", {}).items():
+            self.compare(name, self.settings.get(name, value), value)  # another torch has others
         for name, parts in self.parts().items():
             for part, saved in zip(parts, state[name], strict=True):
                 part.load_state_dict(saved)
@@ -535,12 +528,12 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
-    def compare(self, name: str, value, known: Sequence) -> None:
-        """Raise if a value of this run is none of those that the checkpoint knows."""
-        if value not in known:
+    def compare(self, name: str, here, there) -> None:
+        """Raise if this run's value of a setting is not the checkpoint's."""
+        if here != there:
             raise CheckpointError(
-                f"{self.checkpoint} belongs to another run: its {name} is {known[0]}, here it is "
-                f"{value}; remove it to start anew, or name another file"
+                f"{self.checkpoint} belongs to another run: its {name} is {there}, here it is "
+                f"{here}; remove it to start anew, or name another file"
             )
 
 
@@ -569,14 +562,19 @@ def _name(function: Callable | None) -> str:
 
 
 def _is_plain(value) -> bool:
-    """Whether a value is a number, a word, or a sequence of such: the same in every process."""
+    """Whether a value is a number, a word, or a collection of such: the same in every process."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _words(value, depth: int = 4) -> str:
-    """Return what a function is called and which plain values it was made with."""
+    """Return what a function is called and which plain values it was made with.
+
+    None is left out, which may stand for what the function has yet to find.
+    """
     if _is_plain(value) or isinstance(value, nn.Module):
         return repr(value)
     inside = []
@@ -587,8 +585,31 @@ def _words(value, depth: int = 4) -> str:
     else:
         cells = getattr(value, "__closure__", None) or ()
         inside = [cell.cell_contents for cell in cells if cell != CellType()]
-    listed = [_words(each, depth - 1) for each in inside] if depth else []
-    return f"{_name(value)}({', '.join(listed)})"
+    told = [v for v in inside if callable(v) or (_is_plain(v) and v is not None)]
+    return f"{_name(value)}({', '.join(_words(v, depth - 1) for v in told if depth)})"
+
+
+def _numbers(part) -> dict[str, object]:
+    """Return the plain numbers in the state of an optimizer or a scheduler, by name."""
+    state = part.state_dict()
+    groups = state.get("param_groups", [state])
+    return {f"{key}, group {number}" if len(groups) > 1 else key:
+                dict(value) if isinstance(value, Mapping) else value
+            for number, group in enumerate(groups) for key, value in group.items()
+            if key != "params" and _is_plain(value)}  # fmt: skip
+
+
+_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _at_first(thing, describe: Callable):
+    """Return describe(thing) as it was when a run first had it: rates and counters move on."""
+    try:
+        if thing not in _seen:
+            _seen[thing] = describe(thing)
+        return _seen[thing]
+    except TypeError:  # of a kind that cannot be remembered without being kept alive
+        return describe(thing)
 
 
 def _check_binary(model: nn.Module) -> None:
@@ -620,19 +641,24 @@ def _validate(data, optimizers, epochs, every, batch_size, model, device) -> Non
         )
     if not optimizers:
         raise ValueError("no optimizer was given")
-    ours = {id(parameter) for parameter in model.parameters()}
-    for optimizer in optimizers:
-        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                f"{type(optimizer).__name__} holds no parameter of this model: was it made for "
-                "another, or before a layer was replaced?"
-            )
     wrong = {p.device.type for p in model.parameters()} - {device.type}
     if wrong:
         raise ValueError(
             f"the model is on {wrong.pop()}, the run on {device.type}: move the model there "
             "before the optimizers are made, or name the model's device"
         )
+
+
+def _check_held(optimizers, model, loss) -> None:
+    """Raise if an optimizer holds nothing that is trained here."""
+    modules = [part for part in (model, loss) if isinstance(part, nn.Module)]
+    ours = {id(parameter) for module in modules for parameter in module.parameters()}
+    for optimizer in optimizers:
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds no parameter of this model: was it made for "
+                "another, or before a layer was replaced?"
+            )
 
 
 @contextlib.contextmanager
@@ -649,18 +675,17 @@ def _reproducible(device: torch.device, seed: int):
 
 @contextlib.contextmanager
 def _undone(run: _Run):
-    """Take back what passes change besides gradients: the model's buffers, the random numbers."""
-    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+    """Take back what passes change besides gradients: buffers and random numbers."""
+    modules = [part for part in (run.model, run.loss) if isinstance(part, nn.Module)]
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     devices = [run.device] if run.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             yield
-    except RuntimeError as error:
-        error.add_note("BNNBOOK_GRAPHS=0 in the environment trains without CUDA graphs")
-        raise
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 @contextlib.contextmanager

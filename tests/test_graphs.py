@@ -1,6 +1,8 @@
 """Steps replayed as a CUDA graph: a tape plays its part on a CPU, CUDA where there is one."""
 
+import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,15 +274,79 @@ def test_the_environment_turns_graphs_off(monkeypatch):
     assert not graphs.is_wanted(CPU)
 
 
-def test_where_a_graph_is_refused_the_error_says_what_to_do(monkeypatch):
-    def refuse(function, device):
+@pytest.fixture
+def cuda(monkeypatch):
+    """Names of torch.cuda that a graph needs, doing nothing; a context that stands for capture."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {"CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+                 "Stream": lambda device: stream, "current_stream": lambda: stream,
+                 "device": contextlib.nullcontext, "stream": contextlib.nullcontext,
+                 "graph": lambda graph, stream: contextlib.nullcontext()}  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_function_is_warmed_up_recorded_and_then_only_replayed(cuda):
+    calls = []
+    graph = graphs.Graph(lambda: calls.append(1) or len(calls), CPU)
+    assert graph() == graph() == len(calls) == graphs.WARM_UP + 1
+
+
+def test_where_a_graph_is_refused_the_error_says_what_to_do(cuda, monkeypatch):
+    @contextlib.contextmanager
+    def refuse(graph, stream):
+        yield
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "Graph", refuse)
-    monkeypatch.setattr(graphs, "is_wanted", lambda device: True)
-    with pytest.raises(RuntimeError, match="capturing") as caught:
-        fit(mlp)
-    assert any("BNNBOOK_GRAPHS=0" in note for note in caught.value.__notes__)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.raises(graphs.GraphError, match=r"capturing.*start anew with BNNBOOK_GRAPHS=0"):
+        graphs.Graph(lambda: None, CPU)
+
+
+def test_what_fails_in_recording_leaves_the_statistics(tape, monkeypatch):
+    torch.manual_seed(0)
+    made = mlp()
+    before = [b.clone() for b in made[0].buffers()]
+    with pytest.raises(RuntimeError, match="capturing"):
+        fit(lambda: made, loss=lambda outputs, targets: outputs[outputs > 0].mean())
+    assert all(map(torch.equal, before, made[0].buffers()))
+
+
+def test_a_run_that_is_over_records_no_graph(tape, tmp_path):
+    whole = fit(mlp, checkpoint=tmp_path / "run.pt")
+    del tape[:]
+    model, rows = fit(mlp, checkpoint=tmp_path / "run.pt")
+    assert tape == []
+    assert rows == whole[1]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        return nn.functional.cross_entropy(self.scale * outputs, targets)
+
+
+def test_a_loss_may_learn_too(tape):
+    losses = []
+    for graph in (True, False):
+        loss = Scaled()
+
+        def setting(loss=loss):
+            model, optimizers, shape = mlp()
+            return model, [*optimizers, torch.optim.SGD(loss.parameters(), 0.1)], shape
+
+        losses.append((loss, fit(setting, loss=loss, graph=graph)[1]))
+    assert_same(*losses)
+    assert losses[0][0].calls == 12
+    assert losses[0][0].scale != 1
 
 
 # --- On a GPU ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ExponentialLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ExponentialLR, MultiStepLR
 
 from bnnbook import data, layers, optim, probes, training
 from bnnbook.layers import BinaryLinear
@@ -262,13 +262,23 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
     assert (tmp_path / "run.pt").exists()
 
 
-FLIPS = {"gamma": 0.1, "cycle": 4, "scale": data.unit_range, "padding": 1, "smooth": 0.1}
+FLIPS = {
+    "gamma": 0.1,
+    "cycle": 4,
+    "drop": 2,
+    "momentum": 0.9,
+    "scale": data.unit_range,
+    "padding": 1,
+    "smooth": 0.1,
+}
 
 
 def flip_run(path, made=None, probes=(), **changes):
     """Train three epochs with schedules of alpha and gamma; ``made`` are objects to go on with."""
     chosen = FLIPS | changes
-    model, optimizers, schedulers = made or flip_setting(chosen["gamma"], chosen["cycle"])
+    model, optimizers, schedulers = made or flip_setting(
+        *(chosen[name] for name in ("gamma", "cycle", "drop", "momentum"))
+    )
     return training.train(
         model, dataset(), optimizers, epochs=3, batch_size=10, schedulers=schedulers,
         augment=data.crop_flip(chosen["padding"]), preprocess=chosen["scale"], device="cpu",
@@ -277,20 +287,25 @@ def flip_run(path, made=None, probes=(), **changes):
     )  # fmt: skip
 
 
-def flip_setting(gamma=0.1, cycle=4):
+def flip_setting(gamma=0.1, cycle=4, drop=2, momentum=0.9):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), BinaryLinear(16, 3, weight_quantizer=None))
     model.append(nn.BatchNorm1d(3))
     binary, real = optim.split_parameters(model)
     flipper = optim.CascadedEMA(binary, 0.01, gamma)
+    optimizers = [flipper, torch.optim.SGD(real[:1], 0.1, momentum),
+                  torch.optim.SGD(real[1:], 0.1, 0.5)]  # fmt: skip
     schedulers = [CosineAnnealingWarmRestarts(flipper, cycle),
-                  ExponentialLR(optim.rate_as_lr(flipper, "gamma"), 0.5)]  # fmt: skip
-    return model, [flipper, torch.optim.Adam(real)], schedulers
+                  ExponentialLR(optim.rate_as_lr(flipper, "gamma"), 0.5),
+                  MultiStepLR(optimizers[1], [drop])]  # fmt: skip
+    return model, optimizers, schedulers
 
 
 @pytest.mark.parametrize(("change", "name"), [
     ({"gamma": 0.5}, "gamma of CascadedEMA"),
     ({"cycle": 2}, "T_0 of CosineAnnealingWarmRestarts"),
+    ({"drop": 1}, "milestones of MultiStepLR"),
+    ({"momentum": 0.8}, r"momentum of SGD \(1 of the optimizers\)"),
     ({"scale": data.signed_range}, "setting of preprocess"),
     ({"padding": 2}, "setting of augment"),
     ({"smooth": 0.2}, "setting of loss"),
@@ -307,6 +322,39 @@ def test_moved_schedules_are_the_same_run(tmp_path):
         flip_run(path, made, [StopAfter(7)])
     for objects in (made, made, flip_setting()):  # the interrupted, the complete, and new ones
         assert without_time(flip_run(path, objects, [StopAfter(0)])) == without_time(whole)
+
+
+def test_after_an_error_the_same_objects_go_on_from_the_checkpoint(tmp_path, monkeypatch):
+    def fail_after_epoch(run):
+        if run.epoch == 1 and run.step == 0:
+            raise OSError("no space")
+
+    path, made, whole = tmp_path / "run.pt", flip_setting(), flip_run(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "check_losses", training._Run.save)  # before schedules move
+        patch.setattr(training._Run, "save_when_due", fail_after_epoch)
+        with pytest.raises(OSError, match="no space"):
+            flip_run(path, made)
+    assert path.exists()
+    assert without_time(flip_run(path, made)) == without_time(whole)
+
+
+def test_what_a_function_finds_out_is_no_other_setting(tmp_path):
+    found, calls = None, 0
+
+    def loss(outputs, targets):
+        nonlocal found, calls
+        found, calls = outputs.detach(), calls + 1
+        return cross_entropy(outputs, targets)
+
+    def once():
+        model = flip_setting()[0]
+        optimizer = optim.CascadedEMA([model[1].weight], 0.01, 0.1)
+        return training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
+                              loss=loss, checkpoint=tmp_path / "run.pt")  # fmt: skip
+
+    assert without_time(once()) == without_time(once())
+    assert calls == 5
 
 
 def test_a_checkpoint_from_before_settings_were_kept_continues(tmp_path):
@@ -384,7 +432,7 @@ def test_an_optimizer_of_another_network():
 
 @pytest.mark.parametrize("first", [0, 2])  # moved by the first step, or only in the second epoch
 def test_binary_weights_in_the_hands_of_a_real_optimizer(first):
-    model, (flipper, _), _ = flip_setting()
+    model, (flipper, *_), _ = flip_setting()
     adam = torch.optim.Adam(model.parameters())
     late = torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: float(epoch >= first - 1))
     with pytest.raises(ValueError, match=r"1\.weight is not ±1 any more.*split_parameters"):
