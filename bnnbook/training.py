@@ -29,6 +29,7 @@ from bnnbook.layers import BinaryLayer
 
 CHECK_EVERY = 64  # steps between two looks at the losses on a CPU; elsewhere it is once an epoch
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # beside the progress bar
+MOST_OFF = 0.01  # of the gradient's length, by which a replayed step may differ: it rounds alike
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is told otherwise
 # What torch.load raises for a file that is cut short or none of its own.
@@ -194,8 +195,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     graph: on CUDA, record the forward and the backward pass once as a CUDA graph and replay it,
     for steps too small to keep a GPU busy. The numbers are the same, but augment, preprocess, loss
     and model must be made of tensor operations on the device: a number that Python draws for each
-    batch would be drawn once. Step by step as ever on a CPU, in float16, for a model with hooks,
-    and where the environment variable BNNBOOK_GRAPHS is 0.
+    batch would be drawn once (a first replay is compared with a step, and refused). Step by step
+    as ever on a CPU, in float16, for a model with hooks, and where BNNBOOK_GRAPHS=0 is set.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators, and on CUDA if the backward pass of no
     layer adds in changing order, as that of overlapping max-pooling does); it is written every
@@ -204,7 +205,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     are known by their names and the numbers they were made with, not by their code.
     progress: a bar; by default only on a terminal and on Colab.
 
-    Raises NonFiniteLossError, CheckpointError, and ValueError for arguments that make no sense.
+    Raises NonFiniteLossError, CheckpointError, graphs.GraphError, and ValueError for arguments
+    that make no sense.
     """
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
@@ -263,16 +265,36 @@ class _GraphedGradients:
         held = (p for o in run.optimizers for group in o.param_groups for p in group["params"])
         self.parameters = list(dict.fromkeys((*run.model.parameters(), *held)))  # a loss's, too
         with _undone(run):
-            self.graph = graphs.Graph(partial(self.record, run), run.device)
+            self.graph = graphs.Graph(partial(self.step, run, self.index), run.device)
         self.grads = [parameter.grad for parameter in self.parameters]
+        self.check(run)
 
-    def record(self, run: "_Run"):
-        """Compute gradients into new tensors, of which the graph keeps the last."""
+    def step(self, run: "_Run", index: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute gradients into new tensors; the graph keeps those of its recording."""
         for parameter in self.parameters:
             parameter.grad = None
-        return run.gradients(self.index)
+        return run.gradients(index)
 
-    def __call__(self, index: Tensor):
+    def check(self, run: "_Run") -> None:
+        """Raise GraphError if on other images a replay computes other gradients than a step."""
+        index = (self.index + run.batch_size) % len(run.labels)
+        with _undone(run):
+            self.step(run, index)
+        stepped = [p.grad for p in self.parameters if p.grad is not None]
+        with _undone(run):
+            self(index)
+        replayed = [p.grad for p in self.parameters if p.grad is not None]
+        off = sum((a - b).float().norm() ** 2 for a, b in zip(stepped, replayed, strict=True))
+        if off > MOST_OFF**2 * sum(a.float().norm() ** 2 for a in stepped):
+            raise graphs.GraphError(
+                "replayed as a CUDA graph the step has other gradients. Does augment, preprocess, "
+                "the loss or the model use a number that Python draws or counts? Then it takes "
+                "graph=False"
+            )
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         self.index.copy_(index)
         outputs = self.graph()
         for parameter, grad in zip(self.parameters, self.grads, strict=True):

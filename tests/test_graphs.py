@@ -1,6 +1,8 @@
 """Steps replayed as a CUDA graph: a tape plays its part on a CPU, CUDA where there is one."""
 
 import contextlib
+import math
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -117,7 +119,7 @@ def fit(setting, device="cpu", epochs=3, graph=True, **options):
     options = {"loss": layers.SquaredHingeLoss(), "probes": [probes.FlipRatio()]} | options
     history = training.train(
         model, toy(shape), optimizers, epochs=epochs, batch_size=8, schedulers=[schedule],
-        augment=data.crop_flip(2), device=device, graph=graph, **options,
+        device=device, graph=graph, **{"augment": data.crop_flip(2)} | options,
     )  # fmt: skip
     return model, [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
 
@@ -196,9 +198,18 @@ def counting_loss():
     return loss
 
 
-def test_what_python_counts_is_recorded_once(tape):
+def test_what_python_counts_is_refused_and_without_the_check_trains_otherwise(tape, monkeypatch):
+    with pytest.raises(graphs.GraphError, match="it takes graph=False"):
+        fit(mlp, loss=counting_loss())
+    monkeypatch.setattr(training, "MOST_OFF", math.inf)
     replayed, stepped = (fit(mlp, loss=counting_loss(), graph=g)[1] for g in (True, False))
-    assert replayed != stepped  # so the tape does replay, and would show such a mistake
+    assert replayed != stepped  # so the tape does replay
+
+
+def test_an_augmentation_that_draws_in_python_is_refused(tape):
+    draw = random.Random(0)
+    with pytest.raises(graphs.GraphError):
+        fit(mlp, augment=lambda images: images + 99 * draw.random() * (images > 127))
 
 
 def test_the_tape_refuses_what_waits(tape):
@@ -345,7 +356,7 @@ def test_a_loss_may_learn_too(tape):
 
         losses.append((loss, fit(setting, loss=loss, graph=graph)[1]))
     assert_same(*losses)
-    assert losses[0][0].calls == 12
+    assert losses[0][0].calls == 12  # neither those of the recording nor of its check
     assert losses[0][0].scale != 1
 
 
