@@ -7,6 +7,7 @@ an H200. On a CPU a short epoch of the one recipe that it can bear.
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -27,8 +28,8 @@ SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that set the rate
 class Case:
     """A recipe's training, and what an epoch should take at most in seconds on an H200."""
 
-    fit: object
-    recipe: object
+    fit: Callable
+    recipe: quist2023.Recipe | helwegen2019.Recipe | binaryconnect.Recipe
     goal: float | None = None
     options: tuple = ()
 

@@ -3,7 +3,7 @@
 A replica is a run of its own: another seed, its own mini-batches and batch-norm statistics. The
 parameters of all are stacked, `torch.func` maps the gradient of one over the stack, and the
 optimizers, whose rules are elementwise, step once for all. "ratio" is the time of K steps, one of
-each run, over that of K steps of one run alone; `benchmarks/packing.py` has it for processes.
+each run, over that of K steps of one run alone; `benchmarks/packing.py` times processes.
 Everything is in float32: under autocast, torch 2.11 maps no batch normalisation of bfloat16 (CPU).
 """
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, packing, recipes, replicas, timing
+from benchmarks import buffers, recipes, replicas, timing
 from bnnbook.experiments import quist2023
 from bnnbook.models import binaryconnect_mlp, birealnet20
 
@@ -111,14 +111,6 @@ def test_the_median_of_ratios_counts_and_the_first_repeat_does_not():
     ours, plain = iter([9.0, 2.0, 3.0, 16.0]), iter([1.0, 1.0, 1.0, 2.0])
     found = replicas.compared(lambda: next(ours), lambda: next(plain), 6, repeats=3)
     assert found == {"ratio": 3.0, "seconds": 3.0, "plain_seconds": 1.0, "images_per_second": 2.0}
-
-
-def test_processes_do_their_steps_at_once(monkeypatch):
-    monkeypatch.setattr(packing, "AT_ONCE", (2,))
-    monkeypatch.setattr(packing, "PACE", 0.01)
-    (found,) = packing.steps(CPU, 1, {"tiny": TINY["perceptron"]})
-    assert found["what"] == "tiny: 2 processes / alone"
-    assert found["ratio"] > 0
 
 
 def test_an_epoch_of_a_recipe_is_timed_with_its_multiplications(monkeypatch):
