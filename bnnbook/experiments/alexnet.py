@@ -90,8 +90,8 @@ RECIPES = {
     "pooling": {"small": DIGITS, "full": ALEXNET},
     "dropout_gap": {"small": replace(DIGITS, epochs=60, batch_size=20, train_images=100),
                     "full": ALEXNET},
-    # From torch's own start the first layer hardly moves (after 20 epochs kernels and start have a
-    # correlation of 0.99); the paper's weights start ten times smaller, and so do these.
+    # The paper's weights start about ten times smaller than torch's, from which the first layer
+    # hardly moves: its kernels go on looking like their random start.
     "kernels": {"small": PATCHES,
                 "full": replace(ALEXNET, dataset="tiny-imagenet-20", crop=56, padding=0,
                                 epochs=90, first_layer_scale=0.1)},
