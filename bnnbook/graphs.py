@@ -4,11 +4,13 @@ Python launches a step's hundreds of kernels one by one. If they are small, the 
 a graph is launched as one.
 """
 
+import gc
 import os
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 WARM_UP = 3  # runs before the recording, in which libraries choose and load their kernels
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -71,3 +73,28 @@ def has_hooks(model: nn.Module) -> bool:
     """
     parts = [*model.modules(), *model.parameters()]
     return any(getattr(part, hooks, None) for part in parts for hooks in HOOKS)
+
+
+def is_held(model: nn.Module) -> bool:
+    """Return whether an earlier result of the model still refers to its parameters.
+
+    Gradients of such parameters are summed up in the stream of that result, which takes no part in
+    a recording.
+
+    >>> model = nn.Linear(2, 2)
+    >>> is_held(model)
+    False
+    >>> kept = model(torch.ones(2))
+    >>> is_held(model)
+    True
+    """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(map(_has_accumulator, learned)):
+        gc.collect()
+    return any(map(_has_accumulator, learned))
+
+
+def _has_accumulator(parameter: nn.Parameter) -> bool:
+    """Whether the node that sums up the gradient was there before: a new one has no notes."""
+    get_gradient_edge(parameter).node.metadata["seen by bnnbook"] = True
+    return "seen by bnnbook" in get_gradient_edge(parameter).node.metadata

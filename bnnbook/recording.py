@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bnnbook import data, experiments, records, training
+from bnnbook import data, experiments, graphs, records, training
 from bnnbook.records import Record
 
 SEEDS = (0, 1, 2)
@@ -278,7 +278,9 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
     by the runs that are done meanwhile, is passed over as long as another can; when none can, the
     first goes as far as it comes. What is unfinished `GRACE` seconds before the end (or a tenth of
     the time) writes its checkpoint, and so it does on Ctrl-C and SIGTERM. A run that another call
-    is at work on is left to that one. When a data set cannot be had, no run on it is tried again.
+    is at work on is left to that one. One whose steps the GPU refuses to record as a CUDA graph
+    starts anew without, and so do the others of its experiment. When a data set cannot be had, no
+    run on it is tried again.
     ``say`` is given a line when a run starts and one when it ends.
     """
     if at_once < 1:
@@ -341,6 +343,7 @@ class _Crew:
         self.at_once, self.say, self.measured = at_once, say, dict(measured or {})
         self.running: dict = {}  # from the pipe on which a process reports to (job, process)
         self.lacking: dict[str, str] = {}  # from data sets that cannot be had to why
+        self.stepwise: set[str] = set()  # experiments that run without CUDA graphs
         self.outcome = Outcome()
         # torch counts the cores that this process may use, which can be fewer than there are
         threads = max(1, torch.get_num_threads() // at_once) if at_once > 1 else None
@@ -370,7 +373,8 @@ class _Crew:
         """Begin a job in a fresh process; forked ones cannot use CUDA."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(job, theirs, *self.settings))
+        graph = job.experiment not in self.stepwise
+        process = context.Process(target=_work, args=(job, theirs, *self.settings, graph))
         with _stops_held_back():
             process.start()
         theirs.close()
@@ -396,6 +400,11 @@ class _Crew:
         """File a job under what came of it, and say so."""
         if kind == "lacking":
             self.give_up(job, text)
+        elif kind == "refused":
+            self.stepwise.add(job.experiment)
+            self.outcome.waiting.insert(0, job)
+            self.tell(f"{job} starts anew without CUDA graphs: {text}")
+            return
         elif kind == "failed":
             self.outcome.failed[job] = text
             last = text.strip().rpartition("\n")[2]
@@ -450,8 +459,10 @@ class _Crew:
         self.running.clear()
 
 
-def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None:
+def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, graph=True) -> None:
     """Do a job in this process, and report how it ended."""
+    if not graph:
+        os.environ["BNNBOOK_GRAPHS"] = "0"
     try:
         _hear_the_first_process_only()
         if threads is not None:
@@ -467,6 +478,8 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes) -> None
         report = "stopped", f"{job}: stopped, {what}"
     except data.DataError as error:
         report = "lacking", str(error)
+    except graphs.GraphError as error:  # this process may be unfit for more, another is not
+        report = ("refused", str(error)) if graph else ("failed", traceback.format_exc())
     except BaseException:  # whatever it is, the other runs go on
         report = "failed", traceback.format_exc()
     with contextlib.suppress(BrokenPipeError):  # the first process has died

@@ -196,7 +196,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     for steps too small to keep a GPU busy. The numbers are the same, but augment, preprocess, loss
     and model must be made of tensor operations on the device: a number that Python draws for each
     batch would be drawn once (a first replay is compared with a step, and refused). Step by step
-    as ever on a CPU, in float16, for a model with hooks, and where BNNBOOK_GRAPHS=0 is set.
+    as ever on a CPU, in float16, for a model with hooks, for one of which an output that can be
+    differentiated is still kept (a warning says so), and where BNNBOOK_GRAPHS=0 is set.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators, and on CUDA if the backward pass of no
     layer adds in changing order, as that of overlapping max-pooling does); it is written every
@@ -354,9 +355,15 @@ class _Run:
     def record_graph(self) -> None:
         """Replace `gradients` by a CUDA graph of it, if that is asked for and possible."""
         asked = self.graph and graphs.is_wanted(self.device)
-        if asked and not self.scaler.is_enabled() and not graphs.has_hooks(self.model):
-            self.model.train()
-            self.gradients = _GraphedGradients(self)
+        if not asked or self.scaler.is_enabled() or graphs.has_hooks(self.model):
+            return
+        if graphs.is_held(self.model):
+            warnings.warn("a result of this network from before, such as a loss, is still kept: "
+                          "with it steps cannot be recorded as a CUDA graph, and run one by one",
+                          stacklevel=3)  # fmt: skip
+            return
+        self.model.train()
+        self.gradients = _GraphedGradients(self)
 
     def gradients(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Do the forward and the backward pass on the images at index: the loss, and the hits."""

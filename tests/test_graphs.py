@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bnnbook import data, graphs, layers, optim, probes, training
 from bnnbook.experiments import alexnet, binaryconnect, helwegen2019, martinez2020, quist2023
@@ -33,6 +33,10 @@ def waits(operation, args) -> bool:
     return name in WAITS or masks
 
 
+def bare(value):
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
 class Tape(TorchDispatchMode):
     """A `graphs.Graph` for a CPU: plays each operation again, on the same memory.
 
@@ -52,7 +56,8 @@ class Tape(TorchDispatchMode):
         if waits(operation, args):
             raise RuntimeError(f"{operation} is not permitted when stream is capturing")
         result = operation(*args, **(kwargs or {}))
-        self.operations.append((operation, args, kwargs or {}, result))
+        # the same memory without its history, which a graph does not keep either
+        self.operations.append((operation, *tree_map(bare, (args, kwargs or {}, result))))
         return result
 
     @torch.no_grad()
@@ -220,6 +225,23 @@ def test_the_tape_refuses_what_waits(tape):
         fit(mlp, loss=mean_of_positive)
 
 
+@pytest.mark.parametrize(("paper", "name", "variant"), RUNS)
+def test_experiments_keep_no_result_of_a_step(paper, name, variant, monkeypatch):
+    """It would belong to that step's stream, and the next training of the network to another."""
+    held, step = [], training.train_step
+
+    def look(run, index):
+        step(run, index)
+        held.append(graphs.is_held(run.model))
+
+    monkeypatch.setattr(training, "train_step", look)
+    short = replace(paper.RECIPES[name]["small"], batch_size=400, epochs=1)
+    monkeypatch.setitem(paper.RECIPES, name, {"small": short})
+    getattr(paper, name)(variant, device="cpu")
+    assert held
+    assert not any(held)
+
+
 class NeverWaits(TorchDispatchMode):
     """Fails where a step would wait for a GPU; torch keeps Adam's step counters on the CPU."""
 
@@ -268,6 +290,28 @@ def test_a_model_with_hooks_is_trained_step_by_step(hang, tape):
 
     fit(setting, epochs=1)
     assert tape == []
+
+
+def test_a_network_of_which_a_result_is_kept_is_trained_step_by_step(tape):
+    model, optimizers, shape = mlp()
+    kept = model(torch.zeros(2, *shape))
+    with pytest.warns(UserWarning, match="still kept"):
+        fit(lambda: (model, optimizers, shape), epochs=1)
+    assert tape == []
+    del kept
+    fit(lambda: (model, optimizers, shape), epochs=1)
+    assert len(tape) == 1
+
+
+def test_a_result_in_a_reference_cycle_is_not_kept(tape):
+    def setting():
+        made = mlp()
+        kept = [made[0](torch.zeros(2, 1, 4, 4))]
+        kept.append(kept)
+        return made
+
+    fit(setting, epochs=1)
+    assert len(tape) == 1
 
 
 def test_the_probes_with_hooks_see_every_step(tape):

@@ -164,6 +164,7 @@ def test_the_loss_is_its_formula_and_leaves_the_teacher_alone():
         - 2.0 * (p * outputs.log_softmax(1)).sum(1).mean()
     )
     value = loss(outputs, targets)
+    assert student.features == []
     torch.testing.assert_close(value, expected)
     value.backward()
     assert all(p.grad is None for p in teacher.parameters())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bnnbook import data, experiments, probes, recording, records
+from bnnbook import data, experiments, graphs, probes, recording, records
 from bnnbook.recording import Job
 
 NAME = "binaryconnect.clipping"
@@ -258,6 +258,36 @@ def test_a_run_that_fails_does_not_stop_the_others():
     assert "is not a whole checkpoint" in outcome.failed[jobs[0]]
     assert said[0] == f"{jobs[0]} starts"
     assert said[1].startswith(f"{jobs[0]}: failed, ")
+
+
+def test_a_run_that_cannot_be_a_cuda_graph_starts_anew_without(monkeypatch):
+    """In another process, for the GPU may have left the first one unfit; so do its like."""
+    asked, said = [], []
+
+    def run(job, *arguments):
+        asked.append(os.environ.get("BNNBOOK_GRAPHS"))
+        if asked[-1] != "0":
+            raise graphs.GraphError("operation not permitted when stream is capturing")
+        return "done", f"{job} done"
+
+    def start(crew, job):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        with monkeypatch.context() as patch:  # as a process has an environment of its own
+            patch.setenv("BNNBOOK_GRAPHS", "1")
+            graph = job.experiment not in crew.stepwise
+            recording._work(job, theirs, *crew.settings, graph)
+        crew.running[ours] = job, Reported()
+
+    monkeypatch.setattr(recording, "_run_unless_another_does", run)
+    monkeypatch.setattr(recording, "_hear_the_first_process_only", lambda: None)
+    monkeypatch.setattr(recording.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(recording._Crew, "start", start)
+    jobs = [small(), small(seed=1), Job("quist2023.order", "second-none", 0, "small", 2)]
+    outcome = recording.work_through(jobs, seconds=300, say=said.append)
+    assert asked == ["1", "0", "0", "1", "0"]
+    assert (outcome.done, outcome.failed) == (jobs, {})
+    assert said[1] == (f"{jobs[0]} starts anew without CUDA graphs: operation not permitted when "
+                       "stream is capturing")  # fmt: skip
 
 
 def test_a_data_set_that_is_lacking_is_told_once_and_costs_no_more_time(tmp_path):

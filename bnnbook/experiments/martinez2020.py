@@ -152,7 +152,7 @@ def block_features(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Te
 
 
 class Student(nn.Module):
-    """A network that keeps what it saw and computed in training, for the loss to look at."""
+    """A network that keeps what it saw and computed in training, until the loss takes it."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -181,9 +181,9 @@ class Distillation:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the batch that the student has just seen."""
         features, theirs = self.look()
+        ours, self.student.features = self.student.features, []  # which hold the backward pass
         loss = F.cross_entropy(outputs, targets)
         if self.step.attention:
-            ours = self.student.features
             loss = loss + self.step.attention * attention_matching(ours, features)
         if self.step.logits:
             loss = loss + self.step.logits * F.cross_entropy(outputs, theirs.float().softmax(1))
@@ -237,8 +237,10 @@ def train_step(network: nn.Module, teacher: nn.Module | None, step: Step, number
                dataset: data.Dataset, recipe: Recipe, **run) -> training.History:  # fmt: skip
     """Train the network, in place, in one step; the number of the first one is 0."""
     begin(network, step)
-    student = Student(network)
-    loss = F.cross_entropy if teacher is None else Distillation(student, teacher, step)
+    student, loss = network, F.cross_entropy
+    if teacher is not None:
+        student = Student(network)
+        loss = Distillation(student, teacher, step)
     optimizer = build_optimizer(student, recipe, last=step.weights == "binary")
     warmup = recipe.warmup if number == 0 else 0
     schedule = LambdaLR(optimizer, lambda epoch: rate_factor(epoch, recipe, warmup))
