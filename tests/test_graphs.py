@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bnnbook import data, graphs, layers, optim, probes, training
-from bnnbook.experiments import alexnet, binaryconnect, helwegen2019, martinez2020, quist2023
+from bnnbook.experiments import (
+    alexnet,
+    binaryconnect,
+    bulat2021,
+    helwegen2019,
+    martinez2020,
+    quist2023,
+)
 from bnnbook.models import binaryconnect_mlp, binarynet, birealnet20, expertnet
 
 CPU = torch.device("cpu")
@@ -175,6 +182,7 @@ def test_recording_draws_nothing_and_leaves_the_statistics(tape, monkeypatch):
 RUNS = [
     (alexnet, "pooling", "overlapping"),
     (binaryconnect, "table2", "stochastic"),
+    (bulat2021, "experts", "two"),
     (helwegen2019, "figure1", "middle"),
     (martinez2020, "pieces", "full"),
     (quist2023, "order", "second-cosine"),

@@ -177,8 +177,9 @@ class Mixup:
         images = self.before(images) if self.before else images
         if not self.alpha:
             return images
-        # drawn on the CPU: an accelerator need not be waited for
-        self.share = torch.distributions.Beta(self.alpha, self.alpha).sample().item()
+        alpha = torch.full((), self.alpha, device=images.device)
+        # drawn on the device, which need not be waited for then; nor for a check of alpha
+        self.share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
         self.order = torch.randperm(len(images), device=images.device)
         return self.share * images + (1 - self.share) * images[self.order]
 
@@ -250,7 +251,7 @@ def _train(network, dataset, preprocess, recipe, stage, epochs, *, seed, checkpo
         network, dataset, optimizer, epochs=epochs, batch_size=recipe.batch_size,
         schedulers=[LambdaLR(optimizer, rate_factor(recipe, epochs))], preprocess=preprocess,
         augment=mixup.augment if recipe.mixup else mixup.before, loss=mixup.loss,
-        probes=[FlipRatio()], seed=len(STAGES) * seed + stage,
+        probes=[FlipRatio()], seed=len(STAGES) * seed + stage, graph=True,
         checkpoint=checkpoint and Path(checkpoint) / f"stage{stage}.pt", **run,
     )  # fmt: skip
     return [row | {"stage": stage} for row in history.rows]
