@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import io
 import os
 import pickle
@@ -12,6 +13,7 @@ import threading
 import time
 import warnings
 import weakref
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,25 +117,50 @@ def _autocast(device: torch.device, enabled: bool = True):
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
             batch_size: int = 1000) -> Tensor:  # fmt: skip
-    """Return the model's outputs in evaluation mode, computed without autocast, (N, classes)."""
-    training = model.training
-    model.eval()
+    """Return the model's outputs in evaluation mode, computed without autocast, (N, classes).
+
+    images: as in a `bnnbook.data.Dataset`, uint8 (N, C, H, W), unless ``preprocess`` takes others.
+    """
+    if preprocess is unit_range and images.is_floating_point():
+        raise ValueError("images are uint8, from 0 to 255; for ones of real numbers name the "
+                         "preprocess that the model was trained with")  # fmt: skip
     device = next(model.parameters()).device
-    try:
+    with _evaluation_mode(model):
         batches = (preprocess(part.to(device)) for part in images.split(batch_size))
-        outputs = [model(batch).float() for batch in batches]
+        return torch.cat([model(batch).float() for batch in batches])
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module):
+    """Put the model into evaluation mode, and each of its parts back into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
-        model.train(training)
-    return torch.cat(outputs)
+        for module, mode in modes:
+            module.training = mode
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Return the fraction of rows whose largest output is the label.
 
+    outputs: (N, classes), of two classes or more; another shape raises ValueError.
+
     >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
     0.5
     """
-    return (outputs.argmax(1) == labels.to(outputs.device)).sum().item() / len(labels)
+    return _hits(outputs, labels.to(outputs.device)).item() / len(labels)
+
+
+def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of rows whose largest output is the label."""
+    if outputs.dim() != 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            f"a network has one output a class, (N, classes), two classes or more; this one's are "
+            f"{tuple(outputs.shape)}"
+        )
+    return (outputs.argmax(1) == labels).sum()
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> float:
@@ -151,28 +178,25 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     """
     device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.training) for norm in norms]
-    training = model.training
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch: the plain average over all batches seen
-        norm.train()
-    try:
-        # parts of equal size, because each counts the same
-        for part in images.tensor_split(-(-len(images) // batch_size)):
-            model(preprocess(part.to(device)))
-    finally:
-        model.train(training)
-        for norm, (momentum, mode) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.train(mode)
+    momenta = [norm.momentum for norm in norms]
+    with _evaluation_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch: the plain average over all batches seen
+            norm.train()
+        try:
+            # parts of equal size, because each counts the same
+            for part in images.tensor_split(-(-len(images) // batch_size)):
+                model(preprocess(part.to(device)))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return model
 
 
 def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_size: int,
           loss: Callable = cross_entropy, augment: Callable | None = None,
-          preprocess: Callable = unit_range, schedulers: Iterable = (), probes: Sequence = (),
+          preprocess: Callable = unit_range, schedulers=(), probes=(),
           test_model: Callable[[nn.Module], nn.Module] | None = None, evaluate_every: int = 1,
           seed: int = 0, device=None, autocast: bool = True, compile: bool = False,
           graph: bool = False,
@@ -184,9 +208,9 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     an incomplete last batch is dropped. A batch goes from uint8 through ``augment`` and
     ``preprocess`` to the model, all on the device.
 
-    optimizers: one torch optimizer or several; each steps once a batch.
-    schedulers: torch schedulers; each steps once an epoch.
-    probes: see `bnnbook.probes`.
+    optimizers: one torch optimizer or several; each steps once a batch, without a closure.
+    schedulers: one torch scheduler or several; each steps once an epoch, without a measure.
+    probes: one or several, see `bnnbook.probes`.
     test_model: makes from the model the network that is evaluated after an epoch; default itself.
     evaluate_every: evaluate after every so many epochs, and after the last.
     device: "cpu", "cuda", or None for the best there is.
@@ -212,8 +236,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
     run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
-               augment=augment, preprocess=preprocess, schedulers=tuple(schedulers),
-               probes=tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
+               augment=augment, preprocess=preprocess, schedulers=_as_tuple(schedulers),
+               probes=_as_tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
                device=choose_device(device), autocast=autocast, compile=compile, graph=graph,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
     with (
@@ -313,11 +337,19 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
-def to_channels_last(model: nn.Module) -> None:
-    """Lay out 4-D parameters channels last; `torch.nn.Module.to` refuses 5-D ones."""
+def to_channels_last(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Lay out 4-D parameters channels last; `torch.nn.Module.to` refuses 5-D ones.
+
+    So are the optimizers' buffers of them: torch's fused rules take their layouts to be the same.
+    """
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() == parameter.dim() == 4:
+                    state[name] = value.contiguous(memory_format=torch.channels_last)
 
 
 class _Run:
@@ -328,6 +360,8 @@ class _Run:
         self.optimizers = _as_tuple(optimizers)
         _validate(data, self.optimizers, epochs, settings["every"], batch_size, model, device)
         _check_held(self.optimizers, model, settings["loss"])
+        _check_not_latent(self.optimizers, model)
+        _check_steps((*self.optimizers, *settings["schedulers"]))
         self.__dict__.update(settings)
         self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
         self.epochs, self.batch_size = epochs, batch_size
@@ -336,7 +370,7 @@ class _Run:
         self.steps = len(self.labels) // batch_size
         self.channels_last = any(isinstance(m, nn.Conv2d) for m in model.modules())
         if self.channels_last:
-            to_channels_last(model)
+            to_channels_last(model, self.optimizers)
         self.forward = torch.compile(model) if compile else model
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=self.autocast and autocast_dtype(device) == torch.float16
@@ -350,6 +384,8 @@ class _Run:
         self.started = self.saved = time.monotonic()
         for probe in self.probes:
             probe.start(model)
+        if checkpoint:
+            _check_probes(self.probes)
         self.settings = self.current_settings() if checkpoint else {}
 
     def record_graph(self) -> None:
@@ -372,7 +408,7 @@ class _Run:
             outputs = self.forward(images)
         value = self.loss(outputs.float(), targets)
         self.scaler.scale(value).backward()
-        return value.detach(), (outputs.argmax(1) == targets).sum()
+        return value.detach(), _hits(outputs, targets)
 
     def batch(self, index: Tensor) -> Tensor:
         """Return the training images at index as the model takes them."""
@@ -446,6 +482,7 @@ class _Run:
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies of the network that `test_model` makes."""
         network = self.test_model(self.model) if self.test_model else self.model
+        _check_binary(network)
         sets = {"validation": self.data.validation_images, "test": self.data.test_images}
         labels = {"validation": self.data.validation_labels, "test": self.data.test_labels}
         return {
@@ -485,9 +522,13 @@ class _Run:
 
     def current_settings(self) -> dict[str, object]:
         """Return the numbers that functions, optimizers and schedulers are set to, by name."""
-        found: dict[str, object] = {}
+        found: dict[str, object] = {
+            "list of trained parameters": [p.requires_grad for p in self.model.parameters()]
+        }
         for name in ("loss", "augment", "preprocess", "test_model"):
-            found[f"setting of {name}"] = _at_first(getattr(self, name), _words)
+            value = getattr(self, name)
+            holder = value.__self__ if inspect.ismethod(value) else value
+            found[f"setting of {name}"] = _at_first(holder, _words)
         for kind in ("optimizers", "schedulers"):
             for number, part in enumerate(self.parts()[kind]):
                 for key, value in _at_first(part, _numbers).items():
@@ -572,6 +613,11 @@ def _read_checkpoint(path: Path) -> dict:
         state = torch.load(content, map_location="cpu", weights_only=True)
         number = state["format"]
     except DAMAGE as error:
+        if zipfile.is_zipfile(path):  # as torch writes: whole, and something else
+            raise CheckpointError(
+                f"{path} is a file of another kind ({type(error).__name__}), and was left as it "
+                "is; name another file for the checkpoint"
+            ) from error
         aside = path.with_name(path.name + ".corrupt")
         path.replace(aside)
         raise CheckpointError(
@@ -600,22 +646,55 @@ def _is_plain(value) -> bool:
 
 
 def _words(value, depth: int = 4) -> str:
-    """Return what a function is called and which plain values it was made with.
+    """Return what a function is called and which plain values and tensors it was made with.
 
     None is left out, which may stand for what the function has yet to find.
     """
-    if _is_plain(value) or isinstance(value, nn.Module):
+    if isinstance(value, Tensor):
+        return _gist(value)
+    if isinstance(value, nn.Module):
+        parts = (v for module in value.modules() for v in _attributes(module))
+        buffers = (_gist(buffer) for buffer in value.buffers())
+        return " ".join([repr(value), *(repr(v) for v in parts if _is_plain(v)), *buffers])
+    if _is_plain(value):
         return repr(value)
-    inside = []
-    if isinstance(value, (tuple, list)):
-        inside = value
-    elif isinstance(value, partial):
-        inside = [value.func, *value.args, *value.keywords, *value.keywords.values()]
-    else:
-        cells = getattr(value, "__closure__", None) or ()
-        inside = [cell.cell_contents for cell in cells if cell != CellType()]
-    told = [v for v in inside if callable(v) or (_is_plain(v) and v is not None)]
+    told = [v for v in _inside(value) if v is not None and _is_told(v)]
     return f"{_name(value)}({', '.join(_words(v, depth - 1) for v in told if depth)})"
+
+
+def _is_told(value) -> bool:
+    return callable(value) or _is_plain(value) or isinstance(value, Tensor)
+
+
+def _inside(value) -> Iterable:
+    """Return what a function or an object was made with."""
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords, *value.keywords.values()]
+    cells = getattr(value, "__closure__", None) or ()
+    closed = [cell.cell_contents for cell in cells if cell != CellType()]
+    return [*closed, *_attributes(value)]
+
+
+def _attributes(value) -> list:
+    """Return an object's attributes, each after its name; not those of a class, nor private ones.
+
+    A module's mode is left out, which changes.
+    """
+    own = {} if isinstance(value, type) else getattr(value, "__dict__", {})
+    shown = {k: v for k, v in own.items() if not k.startswith("_") and k != "training"}
+    return [part for pair in shown.items() for part in pair]
+
+
+def _gist(tensor: Tensor) -> str:
+    """Return a tensor in short: its shape, and its length with each entry weighed by its place.
+
+    Rounded, for another machine may have computed it with other last digits.
+    """
+    values = tensor.detach().double().flatten()
+    places = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
+    return f"tensor {tuple(tensor.shape)} {(places * values).norm().item():.4g}"
 
 
 def _numbers(part) -> dict[str, object]:
@@ -652,10 +731,8 @@ def _check_binary(model: nn.Module) -> None:
             )
 
 
-def _as_tuple(optimizers) -> tuple:
-    if isinstance(optimizers, torch.optim.Optimizer):
-        return (optimizers,)
-    return tuple(optimizers)
+def _as_tuple(parts) -> tuple:
+    return tuple(parts) if isinstance(parts, Iterable) else (parts,)
 
 
 def _validate(data, optimizers, epochs, every, batch_size, model, device) -> None:
@@ -676,6 +753,49 @@ def _validate(data, optimizers, epochs, every, batch_size, model, device) -> Non
             f"the model is on {wrong.pop()}, the run on {device.type}: move the model there "
             "before the optimizers are made, or name the model's device"
         )
+
+
+def _check_steps(parts: Iterable) -> None:
+    """Raise for an optimizer or a scheduler whose step asks for more than this loop gives."""
+    for part in parts:
+        _, *parameters = inspect.signature(type(part).step).parameters.values()  # after self
+        for each in parameters:
+            if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD:
+                raise ValueError(
+                    f"{type(part).__name__}.step needs its {each.name}, which train does not give "
+                    "it: take another, or a loop of your own"
+                )
+
+
+def _check_probes(probes: Iterable) -> None:
+    """Raise before the first step, not at the first checkpoint, for a probe that has no state."""
+    for probe in probes:
+        lacking = [m for m in ("state_dict", "load_state_dict") if not hasattr(probe, m)]
+        if lacking:
+            raise ValueError(f"with a checkpoint {type(probe).__name__} needs a {lacking[0]}")
+        file = io.BytesIO()
+        try:
+            torch.save(probe.state_dict(), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{type(probe).__name__}.state_dict() holds more than tensors, numbers, words and "
+                f"collections of them, which a checkpoint cannot ({error})"
+            ) from error
+
+
+def _check_not_latent(optimizers, model: nn.Module) -> None:
+    """Raise if a rule that flips ±1 holds latent weights, which it would overwrite by signs."""
+    flipped = {id(p) for o in optimizers if getattr(o, "binary", False)
+               for group in o.param_groups for p in group["params"]}  # fmt: skip
+    for name, layer in model.named_modules():
+        latent = isinstance(layer, BinaryLayer) and layer.weight_quantizer is not None
+        if latent and id(layer.weight) in flipped:
+            raise ValueError(
+                f"{name}.weight is latent, for its layer has a weight_quantizer; Bop and "
+                "CascadedEMA are for layers with weight_quantizer=None"
+            )
 
 
 def _check_held(optimizers, model, loss) -> None:

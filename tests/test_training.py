@@ -207,14 +207,12 @@ t.run(400, probes=[Slow(-1)], checkpoint={str(tmp_path / "run.pt")!r}, checkpoin
     assert state["step"] + state["epoch"] > 0
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "not a dict"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
     path = tmp_path / "run.pt"
     run(1, checkpoint=path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-400])
-    elif damage == "not a dict":
-        torch.save([1, 2], path)
     else:
         path.write_bytes(b"" if damage == "empty" else b"not a checkpoint")
     kept = path.read_bytes()
@@ -222,6 +220,17 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
         run(2, checkpoint=path)
     assert not path.exists()
     assert (tmp_path / "run.pt.corrupt").read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weight": torch.ones(3)}, np.ones(3)])
+def test_a_file_of_ones_own_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    kept = path.read_bytes()
+    with pytest.raises(training.CheckpointError, match=r"of another kind .* name another file"):
+        run(1, checkpoint=path)
+    assert path.read_bytes() == kept
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path):
@@ -239,7 +248,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
             return os.system, ("echo pwned",)
 
     torch.save({"format": 1, "model": Payload()}, tmp_path / "run.pt")
-    with pytest.raises(training.CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(training.CheckpointError, match="of another kind"):
         run(1, checkpoint=tmp_path / "run.pt")
 
 
@@ -316,6 +325,60 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change, name):
         flip_run(tmp_path / "run.pt", **change)
 
 
+class Weighted:
+    """A loss that is an object."""
+
+    def __init__(self, power):
+        self.power, self.calls = power, 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return cross_entropy(outputs, targets) ** self.power
+
+    def method(self, outputs, targets):
+        return self(outputs, targets)
+
+
+def closing_over(weight):
+    return lambda outputs, targets: cross_entropy(outputs, targets, weight=weight)
+
+
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
+
+
+def loss_run(path, loss, frozen=()):
+    model, optimizers, _ = flip_setting()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu",
+                          loss=loss, checkpoint=path)  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "one", "other"), [
+    (lambda p: nn.CrossEntropyLoss(label_smoothing=p), 0.0, 0.5),
+    (lambda w: nn.CrossEntropyLoss(weight=w), WEIGHTS, WEIGHTS.flip(0)),
+    (lambda w: partial(cross_entropy, weight=w), WEIGHTS, WEIGHTS.flip(0)),
+    (closing_over, WEIGHTS, 2 * WEIGHTS),
+    (Weighted, 1, 2),
+    (lambda p: Weighted(p).method, 1, 2),
+])  # fmt: skip
+def test_a_checkpoint_of_another_loss_is_refused_and_of_the_same_continued(
+    tmp_path, make, one, other
+):
+    loss, path = make(one), tmp_path / "run.pt"
+    whole = without_time(loss_run(path, loss))
+    assert without_time(loss_run(path, loss)) == whole  # whatever it has counted meanwhile
+    assert without_time(loss_run(path, make(one))) == whole
+    with pytest.raises(training.CheckpointError, match="another run: its setting of loss"):
+        loss_run(path, make(other))
+
+
+def test_a_checkpoint_of_frozen_layers_is_not_continued_with_others(tmp_path):
+    loss_run(tmp_path / "run.pt", cross_entropy, ["2.bias"])
+    with pytest.raises(training.CheckpointError, match="its list of trained parameters"):
+        loss_run(tmp_path / "run.pt", cross_entropy)
+
+
 def test_moved_schedules_are_the_same_run(tmp_path):
     path, made, whole = tmp_path / "run.pt", flip_setting(), flip_run(None)
     with pytest.raises(KeyboardInterrupt):
@@ -367,15 +430,140 @@ def test_a_checkpoint_from_before_settings_were_kept_continues(tmp_path):
 
 
 def test_a_full_disk_costs_only_the_checkpoint(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(state, file):
+        if isinstance(file, Path):
+            raise OSError(28, "No space left on device")
+        save(state, file)
 
-    path = tmp_path / "run.pt"
+    path, save = tmp_path / "run.pt", torch.save
     monkeypatch.setattr(training.torch, "save", full)
     with pytest.warns(UserWarning, match="not written: .*No space left"):
         history = run(2, checkpoint=path, checkpoint_minutes=0)[1]
     assert without_time(history) == without_time(run(2)[1])
     assert list(tmp_path.iterdir()) == []
+
+
+class Counting(StopAfter):
+    """A probe whose state is what it is given."""
+
+    def __init__(self, state):
+        super().__init__(0)
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize("state", [{"seen": np.ones(3)}, {"how": lambda: 1}])
+def test_a_probe_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path, state):
+    model, *rest = setting()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"Counting\.state_dict\(\) holds more than"):
+        run(1, (model, *rest), probes=[Counting(state)], checkpoint=tmp_path / "run.pt")
+    assert all(map(torch.equal, before, model.parameters()))
+    assert len(run(1, probes=[Counting(state)])[1].rows) == 1  # without one it has no need to
+
+
+def test_a_probe_without_a_state_is_refused_with_a_checkpoint_only(tmp_path):
+    class Bare:
+        start = step = lambda *_: None
+        epoch = dict
+
+    with pytest.raises(ValueError, match="Bare needs a state_dict"):
+        run(1, probes=[Bare()], checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(("kind", "needs"), [
+    (torch.optim.lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau.step needs its metrics"),
+    (None, "LBFGS.step needs its closure"),
+])  # fmt: skip
+def test_a_step_that_asks_for_more_is_refused_at_once(kind, needs):
+    model, optimizer, scheduler = setting()
+    if kind is None:
+        made = model, torch.optim.LBFGS(model.parameters()), scheduler
+    else:
+        made = model, optimizer, kind(optimizer)
+    with pytest.raises(ValueError, match=needs):
+        run(1, made)
+
+
+def test_a_single_scheduler_and_a_single_probe_need_no_list():
+    made = setting()
+    found = run(2, made, schedulers=made[2], probes=probes.FlipRatio())[1]
+    other = run(2, probes=[probes.FlipRatio()])[1]
+    assert without_time(found) == without_time(other)
+
+
+def test_latent_weights_are_not_for_rules_that_flip():
+    model = nn.Sequential(nn.Flatten(), BinaryLinear(16, 3), nn.BatchNorm1d(3))
+    binary, real = optim.split_parameters(model)
+    optimizers = [optim.Bop(binary, 0.1, 0), torch.optim.Adam(real)]
+    with pytest.raises(ValueError, match=r"1\.weight is latent.*weight_quantizer=None"):
+        training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu")
+
+
+def test_averages_of_binary_weights_are_not_taken_for_a_binary_network():
+    model, optimizers, _ = flip_setting()
+    average = torch.optim.swa_utils.AveragedModel(model)
+
+    def averaged(network):
+        average.update_parameters(network)
+        return average.module
+
+    with pytest.raises(ValueError, match=r"1\.weight is not ±1"):
+        training.train(model, dataset(), optimizers, epochs=5, batch_size=10, device="cpu",
+                       test_model=averaged)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(-1, 1), (-1,)])
+def test_outputs_that_are_not_one_a_class_are_refused(shape):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 1), nn.Unflatten(1, (1,)))
+    if shape == (-1,):
+        model = nn.Sequential(model, nn.Flatten(0))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"one output a class.*\(10,"):
+        training.train(model, dataset(), sgd, epochs=1, batch_size=10, device="cpu",
+                       loss=lambda outputs, _: outputs.mean())  # fmt: skip
+    with pytest.raises(ValueError, match="one output a class"):
+        training.accuracy(torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_images_of_real_numbers_are_not_scaled_twice():
+    model, images = setting("deterministic")[0], dataset().test_images
+    with pytest.raises(ValueError, match="images are uint8"):
+        training.predict(model, images / 255)
+    assert torch.equal(
+        training.predict(model, images / 255, preprocess=lambda part: part),
+        training.predict(model, images, preprocess=lambda part: part / 255),
+    )
+
+
+@pytest.mark.parametrize("measure", [training.predict, training.reestimate_batchnorm])
+def test_what_was_frozen_in_evaluation_mode_stays_so(measure):
+    model = setting()[0].train()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    norms[0].eval()
+    measure(model, dataset().test_images)
+    assert [norm.training for norm in norms] == [False, True, True]
+    assert model.training
+
+
+def test_an_optimizers_earlier_state_is_laid_out_as_the_weights_are():
+    """Otherwise torch's fused Adam pairs the wrong numbers, without a word."""
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 3))
+        adam = torch.optim.Adam(model.parameters(), 0.01, fused=fused)
+        x = torch.randn(8, 3, 4, 4)
+        for _ in range(5):
+            model(x).square().mean().backward()
+            adam.step()
+            adam.zero_grad()
+        training.train(model, dataset(shape=(3, 4, 4)), adam, epochs=1, batch_size=10,
+                       device="cpu")  # fmt: skip
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("step", [1, 3])
