@@ -452,7 +452,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """Return (binary, real): the weights of binary layers, and every other parameter.
 
     Decided by layer type, never by name; a shared parameter is listed once, as binary if any of
-    its layers is. Raises ValueError when the model has no binary layer.
+    its layers is. The weight of a layer with a ``weight_quantizer`` is among them, and is latent:
+    it is for torch's optimizers or `LatentSGD`, not for `Bop` and `CascadedEMA`. Raises ValueError
+    when the model has no binary layer.
 
     >>> from bnnbook.models import binaryconnect_mlp
     >>> [len(part) for part in split_parameters(binaryconnect_mlp())]

@@ -8,6 +8,7 @@ network. ``stop()`` takes them off, and so does the end of a ``with`` block.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,18 @@ from torch import Tensor, nn
 from bnnbook.layers import BinaryLayer, ExpertBinaryConv2d, binary_layers
 
 
-class FlipRatio:
+class _OfWeights:
+    """What the probes of binary weights share: parametrized ones are made anew at each look."""
+
+    layers: Sequence[BinaryLayer] = ()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights as they are now."""
+        return [layer.weight for layer in self.layers]
+
+
+class FlipRatio(_OfWeights):
     r"""Measure the share of binary weights that change sign in one step, averaged over the epoch.
 
     :math:`\pi = \frac{1}{T\,n} \sum_t \#\{i : \operatorname{sign} w_{t,i} \ne
@@ -38,7 +50,7 @@ class FlipRatio:
     def start(self, model: nn.Module) -> None:
         """Remember the signs the model starts with."""
         layers = _named_binary_layers(model)
-        self.names, self.weights = list(layers), [layer.weight for layer in layers.values()]
+        self.names, self.layers = list(layers), list(layers.values())
         self.sizes = [weight.numel() for weight in self.weights]
         # dense strides in the weight's own order of axes, which the comparison is fastest in
         self.strides = [torch.empty_like(w, device="meta").stride() for w in self.weights]
@@ -50,7 +62,7 @@ class FlipRatio:
 
     def step(self) -> None:
         """Count the signs that differ from those before the step."""
-        if not self.weights:
+        if not self.layers:
             return
         positive = self._signs()
         changed = self.positive.bitwise_xor_(positive)
@@ -67,9 +79,10 @@ class FlipRatio:
 
     def _signs(self) -> Tensor:
         """Return whether each weight is >= 0, all layers in one flat tensor: one byte a weight."""
-        signs = torch.empty(sum(self.sizes), dtype=torch.bool, device=_device(self.weights))
+        weights = self.weights
+        signs = torch.empty(sum(self.sizes), dtype=torch.bool, device=_device(weights))
         offset = 0
-        for weight, stride, size in zip(self.weights, self.strides, self.sizes, strict=True):
+        for weight, stride, size in zip(weights, self.strides, self.sizes, strict=True):
             torch.ge(weight.detach(), 0, out=signs.as_strided(weight.shape, stride, offset))
             offset += size
         return signs
@@ -93,7 +106,7 @@ class FlipRatio:
 
     def epoch(self) -> dict[str, float]:
         """Return the columns, means since the last call; empty without weights."""
-        if not self.weights or not self.steps:
+        if not self.layers or not self.steps:
             return {}
         flips = np.atleast_1d(self.flips.cpu().numpy())
         columns = {"flip_ratio": flips.sum().item() / (sum(self.sizes) * self.steps)}
@@ -135,7 +148,7 @@ def log_flip_ratio(ratio):
     return log1p(ratio * math.exp(9)) - 9  # the same number, and exactly -9 at 0
 
 
-class C2I:
+class C2I(_OfWeights):
     r"""Measure the correlation to initialisation: the share of signs that are as at the start.
 
     :math:`C2I = 1 - \frac{1}{n} \sum_i \tfrac12 |\operatorname{sign} w_{T,i} -
@@ -147,7 +160,7 @@ class C2I:
 
     def start(self, model: nn.Module) -> None:
         """Remember the signs the model starts with."""
-        self.weights = [layer.weight for layer in _named_binary_layers(model).values()]
+        self.layers = list(_named_binary_layers(model).values())
         self.initial = self._signs()
 
     def _signs(self) -> Tensor:
@@ -160,7 +173,7 @@ class C2I:
 
     def epoch(self) -> dict[str, float]:
         """Return {"c2i": share}, pooled over all binary layers; empty with none."""
-        if not self.weights:
+        if not self.layers:
             return {}
         same = (self._signs() == self.initial).count_nonzero()
         return {"c2i": same.item() / len(self.initial)}
@@ -174,7 +187,7 @@ class C2I:
         self.initial.copy_(state["initial"])
 
 
-class Saturation:
+class Saturation(_OfWeights):
     r"""Measure the share of latent weights with :math:`|w| \ge` ``limit`` at the end of an epoch.
 
     Column: ``saturation``. A clipped weight sits at exactly :math:`\pm 1`, where only a gradient
@@ -186,14 +199,14 @@ class Saturation:
 
     def start(self, model: nn.Module) -> None:
         """Remember which weights to look at."""
-        self.weights = [layer.weight for layer in _named_binary_layers(model).values()]
+        self.layers = list(_named_binary_layers(model).values())
 
     def step(self) -> None:
         """Do nothing: the share is taken once an epoch."""
 
     def epoch(self) -> dict[str, float]:
         """Return {"saturation": share}, pooled over all binary layers; empty with none."""
-        if not self.weights:
+        if not self.layers:
             return {}
         return {"saturation": share_above(self.weights, self.limit)}
 
@@ -526,7 +539,8 @@ def _named_binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
     """
     first = {}
     for layer in binary_layers(model):
-        first.setdefault(id(layer.weight), id(layer))
+        weight = layer._parameters.get("weight", layer)  # a parametrized one is no parameter
+        first.setdefault(id(weight), id(layer))
     found = set(first.values())
     return {
         name or type(layer).__name__: layer

@@ -733,3 +733,22 @@ def test_channel_magnitudes_are_means_over_everything_but_the_output_channels():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert not found.requires_grad
     assert probes.channel_magnitudes(weight.bfloat16()).dtype == torch.float32
+
+
+def test_parametrized_weights_are_looked_at_as_they_are_now():
+    model = nn.Sequential(
+        layers.BinaryLinear(20, 30), nn.BatchNorm1d(30), layers.BinaryLinear(30, 3)
+    )
+    plain = copy.deepcopy(model)
+    nn.utils.parametrizations.weight_norm(model[0])
+    watched = [probes.FlipRatio(per_layer=True), probes.C2I()]
+    for probe in watched:
+        probe.start(model)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original1[:10] *= -1  # a third of the layer's 600
+        assert torch.equal(model[0].weight[:10] < 0, plain[0].weight[:10] >= 0)
+    for probe in watched:
+        probe.step()
+    assert watched[0].epoch() == {"flip_ratio": 200 / 690, "flip_ratio/0": 200 / 600,
+                                  "flip_ratio/1": 0}  # fmt: skip
+    assert watched[1].epoch() == {"c2i": 490 / 690}
