@@ -750,5 +750,5 @@ def test_parametrized_weights_are_looked_at_as_they_are_now():
     for probe in watched:
         probe.step()
     assert watched[0].epoch() == {"flip_ratio": 200 / 690, "flip_ratio/0": 200 / 600,
-                                  "flip_ratio/1": 0}  # fmt: skip
+                                  "flip_ratio/2": 0}  # fmt: skip
     assert watched[1].epoch() == {"c2i": 490 / 690}
