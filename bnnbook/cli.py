@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from bnnbook import __version__
+
 app = typer.Typer(
     help="Run the book's experiments, and look after their records and data sets.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -22,18 +24,43 @@ Runs = Annotated[Path, typer.Option(help="Folder of the checkpoints of unfinishe
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        typer.echo(f"bnnbook {__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True,
+                     help="Show the versions of bnnbook and torch, and exit."),
+    ] = False,
+) -> None:  # fmt: skip
+    """Take the options that stand before a command."""
+
+
 @app.command("list")
 def list_experiments(results: Results = None) -> None:
     """List the experiments, their variants and scales, and the records there are of them."""
     from bnnbook import experiments, records
 
+    wrong: list[Exception] = []
     for name in experiments.names():
         _, variants, recipes = experiments.find(name)
-        have = records.read_all(name, results) if name in records.experiments(results) else ()
+        known = name in records.experiments(results)
+        have = records.read_all(name, results, wrong.append) if known else ()
         kinds = [f"{r.variant} seed {r.seed} ({r.shortened or r.scale})" for r in have]
         typer.echo(name)
         typer.echo(f"  variants: {', '.join(variants)}\n  scales: {', '.join(recipes)}")
         typer.echo(f"  records: {', '.join(kinds) or 'none'}")
+    for error in wrong:
+        typer.echo(f"bnnbook: {error}", err=True)
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -51,9 +78,10 @@ def run(
 ) -> None:
     """Run an experiment and record it; interrupted with Ctrl-C, the same command continues.
 
+    A record that is there spares the run, unless it is of fewer epochs: then the run replaces it.
     Records of small-scale runs go to the folder of --runs, unless another one is named.
     """
-    from bnnbook import experiments, recording, records
+    from bnnbook import experiments, recording
 
     _use_data(data)
     _, variants, recipes = experiments.find(experiment)
@@ -63,11 +91,9 @@ def run(
         results = runs  # the package's own folder is for full-scale records, which chapters read
     for number in seed or [0]:
         for name in variant or variants:
-            there = records.find(experiment, name, number, results, scale)
-            if there and not overwrite:
-                typer.echo(f"{there} is there already; --overwrite replaces it")
-                continue
-            _run_one(recording.Job(experiment, name, number, scale, epochs), device, results, runs)
+            job = recording.Job(experiment, name, number, scale, epochs)
+            if overwrite or not _is_recorded(job, device, results, runs):
+                _run_one(job, device, results, runs)
 
 
 @app.command()
@@ -96,7 +122,7 @@ def record(
     Unfinished runs keep a checkpoint in the folder of --runs, and the same command continues them
     to the same numbers. A run that fails does not stop the others.
     """
-    from bnnbook import recording
+    from bnnbook import recording, records
 
     _use_data(data)
     if take is not None:
@@ -111,6 +137,8 @@ def record(
     if show:
         _show_states(wanted, folders, runs, device)
         return
+    _check_folder("--runs", runs)
+    _check_folder("--results" if out is None else "--out", records.results_folder(out or results))
     missing = [j for j in wanted if not recording.state(j, folders, runs, device).is_done]
     outcome = recording.work_through(
         missing, seconds=60 * minutes, at_once=jobs, device=device, results=out or results,
@@ -173,22 +201,47 @@ def show_data(
     _use_data(data)
     if name is None:
         typer.echo(f"known: {', '.join(sets.NAMES)}")
-        typer.echo(f"NAME.npz under {sets.root_folder()}: "
-                   f"{', '.join(sets.found(sets.root_folder())) or 'none'}")  # fmt: skip
+        typer.echo(f"NAME.npz under {sets.root_folder()}: {', '.join(sets.found()) or 'none'}")
+        typer.echo(f"in torchvision's layout there: {', '.join(sets.found_in_layout()) or 'none'}")
         return
     loaded = sets.load(name)
     typer.echo(f"{loaded}\nsha256 {loaded.sha256}")
+
+
+def _is_recorded(job, device: str, results, runs: Path) -> bool:
+    """Whether a record spares the job's run; say so, or that the run replaces a shorter one."""
+    from bnnbook import recording, records
+
+    there = recording.read_record(job, results)
+    if there is None:
+        return False
+    path = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)
+    short = f" ({there.shortened})" if there.shortened else ""
+    if recording.state(job, [results], runs, device).is_done:
+        typer.echo(f"{path} is there already{short}; --overwrite replaces it")
+        return True
+    typer.echo(f"{path} is shortened{short}: this run replaces it")
+    return False
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Raise an error now, not after the training, when the folder of an option is of no use."""
+    from bnnbook import recording
+
+    try:
+        recording._check_folders(folder)
+    except OSError as error:  # the system's own words name neither the option nor a way out
+        words = f"{folder} cannot be used ({error.strerror}); name another folder"
+        raise ValueError(f"{option}: {words if error.strerror else error}") from error
 
 
 def _run_one(job, device, results, runs: Path) -> None:
     """Run a job in this process, and say how it goes."""
     from bnnbook import recording, records
 
-    for folder in (runs, records.results_folder(results)):
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is not a folder")
-    runs.mkdir(parents=True, exist_ok=True)  # a folder that cannot be had is an error right away
     checkpoint = job.checkpoint(runs, device)
+    _check_folder("--runs", runs)
+    _check_folder("--results", records.results_folder(results))
     try:
         with recording.lock(job, runs) as is_ours:
             if not is_ours:

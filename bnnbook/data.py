@@ -68,7 +68,7 @@ class Dataset:
     validation_labels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(str(c) for c in self.classes))
+        object.__setattr__(self, "classes", _names(self.classes))
         if not self.classes:
             raise ValueError("classes is empty: name at least one class")
         if (self.validation_images is None) != (self.validation_labels is None):
@@ -127,6 +127,16 @@ class Dataset:
             validation_images=self.train_images[held],
             validation_labels=labels[held],
         )
+
+
+def _names(classes: object) -> tuple[str, ...]:
+    try:
+        return tuple(str(c) for c in classes)
+    except TypeError:  # a number of classes, most likely
+        raise ValueError(
+            f"classes must be the classes' names, such as ('cat', 'dog') or range(10), "
+            f"not {classes!r}"
+        ) from None
 
 
 def _check_images(field: str, images: Tensor, like: Tensor) -> None:
@@ -218,6 +228,22 @@ def root_folder(root: str | os.PathLike | None = None) -> Path:
 def found(root: str | os.PathLike | None = None) -> list[str]:
     """Return the names of the NAME.npz files under the root."""
     return sorted(path.stem for path in root_folder(root).glob("*.npz"))
+
+
+def found_in_layout(root: str | os.PathLike | None = None) -> list[str]:
+    """Return the names of the sets whose files lie under the root in torchvision's layout.
+
+    Unpacked or as archives: `load` downloads neither. Nothing is opened, damage is not seen.
+    """
+    from torchvision import datasets
+
+    kinds = {name: getattr(datasets, kind) for name, kind in TORCHVISION.items()}
+    layouts = {name: _layout(kind, root_folder(root)) for name, kind in kinds.items()}
+    return [
+        name
+        for name, each in layouts.items()
+        if any(paths and all(path.is_file() for path in paths) for paths in each)
+    ]
 
 
 def _digits() -> Dataset:

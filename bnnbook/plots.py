@@ -23,6 +23,16 @@ def use_style() -> None:
     plt.style.use(Path(__file__).with_name("bnnbook.mplstyle"))
 
 
+def _colors(variants, known: Mapping[str, str] = COLORS) -> dict[str, str]:
+    """Return a colour for each variant: the known one, or the next of the cycle that is free."""
+    colors = {variant: known[variant] for variant in variants if variant in known}
+    taken = {mpl.colors.to_hex(color) for color in colors.values()}
+    cycle = [f"C{i}" for i in range(10)]
+    free = [color for color in cycle if mpl.colors.to_hex(color) not in taken] or cycle
+    others = [variant for variant in dict.fromkeys(variants) if variant not in known]
+    return colors | {variant: free[i % len(free)] for i, variant in enumerate(others)}
+
+
 def quantizer(function: Callable, ax: Axes, *, span: float = 2.0, points: int = 801) -> Axes:
     """Draw a quantizer forward and backward, both computed from the function itself.
 
@@ -48,8 +58,9 @@ def training_curves(histories, ax: Axes) -> Axes:
     validation_accuracy. Lines are means over the seeds, bands their range.
     """
     cost = ax.twinx()
+    colors = _colors(histories.variant)
     for variant, runs in histories.groupby("variant", sort=False):
-        color = COLORS.get(variant)
+        color = colors[variant]
         error = 100 * (1 - runs.pivot(index="epoch", columns="seed", values="validation_accuracy"))
         ax.plot(error.index, error.mean(axis=1), color=color, label=variant)
         ax.fill_between(error.index, error.min(axis=1), error.max(axis=1), color=color, alpha=0.15)
@@ -101,10 +112,13 @@ def learning_rates(frame, ax: Axes) -> Axes:
     """Draw test error (%) over the first learning rate, solid with scaling and dashed without.
 
     ``frame`` has the columns variant ("adam", "adam-scaled", …), lr and test_error (a fraction).
+    A variant and its "-scaled" one share a colour.
     """
-    colors = {"sgd": "C0", "nesterov": "C1", "adam": "C2"}
+    known = {"sgd": "C0", "nesterov": "C1", "adam": "C2"}
+    colors = _colors([name.removesuffix("-scaled") for name in frame.variant], known)
     for variant, runs in frame.groupby("variant", sort=False):
-        optimizer, _, scaled = variant.partition("-")
+        optimizer = variant.removesuffix("-scaled")
+        scaled = variant != optimizer
         error = 100 * runs.groupby("lr").test_error.mean()
         ax.plot(error.index, error, "-o" if scaled else "--o", ms=4, color=colors[optimizer],
                 mfc=None if scaled else "white", label=variant)  # fmt: skip
@@ -117,14 +131,17 @@ def errors(frame, paper: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     """Draw each run's test error (%) as a dot beside the paper's mean ± spread (a diamond).
 
     ``frame`` has the columns variant and test_error (a fraction); ``paper`` maps a variant to
-    (mean, spread) in per cent, the spread None where the paper gives none.
+    (mean, spread) in per cent, the spread None where the paper gives none. A variant that is not
+    in ``paper`` has no diamond.
     """
     variants = list(dict.fromkeys(frame.variant))
+    colors = _colors(variants)
     for i, variant in enumerate(variants):
         ours = 100 * frame.test_error[frame.variant == variant]
-        ax.plot(ours, np.full(len(ours), i - 0.12), "o", ms=5, alpha=0.8, color=COLORS[variant])
-        mean, spread = paper[variant]
-        ax.errorbar(mean, i + 0.15, xerr=spread, fmt="D", ms=5, color="black", mfc="white")
+        ax.plot(ours, np.full(len(ours), i - 0.12), "o", ms=5, alpha=0.8, color=colors[variant])
+        if variant in paper:
+            mean, spread = paper[variant]
+            ax.errorbar(mean, i + 0.15, xerr=spread, fmt="D", ms=5, color="black", mfc="white")
     ax.set(yticks=range(len(variants)), yticklabels=variants, xlabel="test error (%)")
     ax.invert_yaxis()
     return ax

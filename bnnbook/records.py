@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -407,8 +407,16 @@ def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
     return [{k: v for k, v in zip(columns, row, strict=True) if v is not None} for row in rows]
 
 
-def read_all(experiment: str | None = None, root=None) -> Iterator[Record]:
-    """Yield all records, or those of one experiment, by experiment, scale, variant and seed."""
+def read_all(
+    experiment: str | None = None,
+    root: str | os.PathLike | None = None,
+    on_error: Callable[[Exception], object] | None = None,
+) -> Iterator[Record]:
+    """Yield all records, or those of one experiment, by experiment, scale, variant and seed.
+
+    A file that cannot be read, damaged or not, raises its error (see `read`); with ``on_error``
+    that is called with the error instead, and the other records are yielded all the same.
+    """
     known = experiments(root)
     if experiment is not None and experiment not in known:
         listed = ", ".join(known) or "none"
@@ -418,10 +426,19 @@ def read_all(experiment: str | None = None, root=None) -> Iterator[Record]:
         )
     for name in known if experiment is None else [experiment]:
         folder = results_folder(root) / name
-        found = [
-            read(path) for where in (folder, folder / "small") for path in where.glob("*.json")
-        ]
+        paths = [path for where in (folder, folder / "small") for path in where.glob("*.json")]
+        found = _read_each(sorted(paths), on_error)
         yield from sorted(found, key=lambda r: (r.scale, r.variant, r.seed))
+
+
+def _read_each(paths: Iterable[Path], on_error: Callable | None) -> Iterator[Record]:
+    for path in paths:
+        try:
+            yield read(path)
+        except (RecordError, OSError) as error:
+            if on_error is None:
+                raise
+            on_error(error)
 
 
 def load(experiment: str | None = None, root: str | os.PathLike | None = None):

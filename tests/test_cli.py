@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import bnnbook
 from bnnbook import cli, data, experiments, recording, records
 from bnnbook.experiments import binaryconnect
 
@@ -128,6 +129,12 @@ def test_every_command_has_help(command):
     assert "--" in output.replace("--help", "")
 
 
+def test_the_versions_are_shown():
+    line = f"bnnbook {bnnbook.__version__} (torch {torch.__version__})\n"
+    assert program("--version").stdout == line
+    assert "--version" in plain(invoke("--help").output)
+
+
 def test_list_shows_experiments_variants_scales_and_records(tmp_path):
     records.save(toy_record("clipped", 3, experiment=NAME, scale="small"))
     records.save(toy_record("clipped", 4, experiment=NAME, shortened="1 of 15 epochs"))
@@ -148,6 +155,21 @@ def test_list_shows_experiments_variants_scales_and_records(tmp_path):
     assert "clipped seed 3" not in elsewhere
 
 
+def test_list_names_a_damaged_record_and_shows_the_others():
+    path = records.save(toy_record("clipped", 3, experiment=NAME))
+    records.save(toy_record("clipped", 4, experiment=NAME))
+    records.save(toy_record("adam", 7, experiment="binaryconnect.table1"))
+    path.write_text("{")
+    result = invoke("list", code=1)
+    blocks = re.split(r"^(?=\S)", result.stdout, flags=re.MULTILINE)[1:]
+    assert [block.splitlines()[0] for block in blocks] == experiments.names()
+    assert "records: clipped seed 4 (full)\n" in blocks[experiments.names().index(NAME)]
+    assert "records: adam seed 7 (full)\n" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"bnnbook: {path} is damaged: it is not JSON")
+    assert invoke("list").stderr == ""  # the damaged file was moved aside, as it said
+
+
 # --- Run ---------------------------------------------------------------------------------------
 
 
@@ -164,12 +186,29 @@ def test_run_records_once_and_overwrites_only_when_told(tmp_path, tiny):
     assert not (tmp_path / "results").exists()
 
     written = path.read_bytes()
-    second = invoke(*command, "--epochs", 2)
-    assert f"{path} is there already" in second.stdout
+    second = invoke(*command, "--epochs", 1)
+    assert second.stdout == f"{path} is there already (1 of 3 epochs); --overwrite replaces it\n"
     assert path.read_bytes() == written
 
-    invoke(*command, "--epochs", 2, "--overwrite")
-    assert records.read(path).shortened == "2 of 3 epochs"
+    invoke(*command, "--epochs", 1, "--overwrite")
+    assert path.read_bytes() != written  # it took another time
+    assert records.read(path).shortened == "1 of 3 epochs"
+
+
+def test_a_shortened_record_does_not_spare_a_longer_run(tmp_path, tiny):
+    """As `bnnbook record` has it."""
+    command = ["run", NAME, "--variant", "clipped", "--runs", tmp_path / "runs"]
+    path = records.record_path(NAME, "clipped", 0, "small")
+    invoke(*command, "--epochs", 1)
+    for options, length, before in ((["--epochs", 2], 2, "1 of 3"), ([], 3, "2 of 3")):
+        longer = invoke(*command, *options)
+        line = f"{path} is shortened ({before} epochs): this run replaces it\n"
+        assert longer.stdout.startswith(line)
+        assert len(records.read(path).history) == length
+    for options in ([], ["--epochs", 2]):
+        spared = invoke(*command, *options)
+        assert spared.stdout == f"{path} is there already; --overwrite replaces it\n"
+    assert records.read(path).shortened is None
 
 
 def test_run_takes_all_variants_and_several_seeds(tiny):
@@ -298,8 +337,41 @@ def test_debugging_shows_the_traceback():
 def test_a_folder_that_is_a_file_is_an_error_before_the_run(monkeypatch, capsys, toy, option):
     Path("taken").write_text("a file")
     line = refused(monkeypatch, capsys, "run", "toy.table", option, "taken")
-    assert "taken is not a folder" in line
+    assert line == f"bnnbook: {option}: taken is not a folder"
     assert toy.calls == []
+
+
+def forbid(folder, monkeypatch):
+    """Let a folder that is there be one that cannot be written, whoever runs the tests."""
+    Path(folder).mkdir()
+    monkeypatch.setattr(os, "access", lambda p, mode: (Path(p), mode) != (Path(folder), os.W_OK))
+
+
+def freeze(folder, monkeypatch):
+    """Let a folder that is not there be one that cannot be made."""
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path == Path(folder):
+            raise OSError(30, "Read-only file system", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+
+
+@pytest.mark.parametrize("make", [forbid, freeze])
+@pytest.mark.parametrize(("command", "option"), [
+    (["run", "toy.table"], "--runs"), (["run", "toy.table"], "--results"),
+    (["record"], "--runs"), (["record"], "--results"), (["record"], "--out"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_run(
+    monkeypatch, capsys, toy, worked, make, command, option
+):
+    make("locked", monkeypatch)
+    line = refused(monkeypatch, capsys, *command, option, "locked")
+    assert line.startswith(f"bnnbook: {option}: locked")
+    assert line.endswith("; name another folder")
+    assert (toy.calls, worked) == ([], [])
 
 
 def test_a_run_that_another_process_is_at_work_on_is_left_to_it(monkeypatch, capsys, toy):
@@ -343,6 +415,10 @@ def test_data_lists_what_is_known_and_what_is_found(tmp_path):
               "x_test": np.ones((2, 4, 4), np.uint8), "y_test": np.arange(2)}  # fmt: skip
     np.savez(tmp_path / "sets" / "mine.npz", **arrays)
     assert "mine" in invoke("data", "--data", tmp_path / "sets").stdout
+    assert "in torchvision's layout there: none\n" in empty
+    (tmp_path / "sets" / "cifar-10-python.tar.gz").touch()
+    shown = invoke("data", "--data", tmp_path / "sets").stdout
+    assert "in torchvision's layout there: cifar10\n" in shown
     shown = invoke("data", "mine", "--data", tmp_path / "sets").stdout
     assert "6 train" in shown
     assert data.load("mine", tmp_path / "sets").sha256 in shown
@@ -524,7 +600,7 @@ def test_sigint_leaves_a_checkpoint_and_the_same_command_continues(tmp_path):
     assert f"stopped; {checkpoint} holds the run" in errors
     assert "Traceback" not in errors
     assert torch.load(checkpoint, weights_only=True)["step"] > 0
-    assert not Path("results").exists()
+    assert not list(Path("results").iterdir())
 
     done = program(*arguments)
     assert done.returncode == 0, done.stderr
@@ -571,7 +647,7 @@ def test_stopped_before_anything_was_saved(toy):
     result = invoke("run", "toy.table", code=130)
     assert "nothing was saved" in result.stderr
     assert len(toy.calls) == 1
-    assert not Path("results").exists()
+    assert not list(Path("results").iterdir())
 
 
 def test_ctrl_c_while_the_record_is_written_loses_nothing(tiny, monkeypatch, press_ctrl_c_at):
@@ -599,6 +675,6 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys
     assert code == 1
     assert str(checkpoint) in err.splitlines()[0]
     assert [path.name for path in Path("runs").iterdir()] == [checkpoint.name + ".corrupt"]
-    assert not Path("results").exists()
+    assert not list(Path("results").iterdir())
     invoke(*command)
     assert len(json.loads(records.find(NAME, "clipped", 0, scale="small").read_text())) > 1

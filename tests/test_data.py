@@ -123,7 +123,12 @@ FIELDS = {
         (torch.full((12,), -1), "train_labels holds labels -1"),
     ],
     "test_labels": [(torch.zeros(5, dtype=torch.int64), "test_labels has 5 entries for 6")],
-    "classes": [((), "classes is empty"), (("a", "b"), "2 classes allow 0 to 1")],
+    "classes": [
+        ((), "classes is empty"),
+        (("a", "b"), "2 classes allow 0 to 1"),
+        (3, "classes must be the classes' names, .*, not 3$"),
+        (None, "classes must be .*, not None$"),
+    ],
     "validation_images": [(torch.zeros(2, 1, 4, 5, dtype=torch.uint8), "together")],
     "validation_labels": [(torch.zeros(2, dtype=torch.int64), "together")],
 }
@@ -138,6 +143,12 @@ def test_dataset_refuses_what_does_not_fit_and_names_the_field(field, value, mes
     data.Dataset(**good)
     with pytest.raises(ValueError, match=message):
         data.Dataset(**good | {field: value})
+
+
+def test_whatever_names_the_classes_names_them():
+    d = toy()
+    for classes in (range(3), np.arange(3), (str(i) for i in range(3)), [0, "1", 2]):
+        assert replace(d, classes=classes).classes == ("0", "1", "2")
 
 
 def test_dataset_is_frozen():
@@ -571,6 +582,33 @@ def test_svhn_in_torchvisions_layout(tmp_path, monkeypatch):
     assert np.array_equal(d.train_images[7], x[:, :, :, 7].transpose(2, 0, 1))
     assert d.train_labels.tolist() == (y[:, 0] % 10).tolist()
     assert d.test_images.shape == (10, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("name", "make"), [
+    ("mnist", fake_mnist),
+    ("mnist", functools.partial(fake_mnist, archives=True)),
+    ("fashion-mnist", functools.partial(fake_mnist, kind=datasets.FashionMNIST)),
+    ("cifar10", fake_cifar),
+    ("cifar10", functools.partial(fake_cifar, archive=True)),
+    ("cifar100", functools.partial(fake_cifar, kind=datasets.CIFAR100)),
+    ("svhn", fake_svhn),
+])  # fmt: skip
+@old_tar
+def test_what_lies_in_torchvisions_layout_is_found(tmp_path, monkeypatch, name, make):
+    assert data.found_in_layout(tmp_path) == data.found_in_layout(tmp_path / "absent") == []
+    make(tmp_path, monkeypatch)
+    before = sorted(tmp_path.rglob("*"))
+    assert data.found_in_layout(tmp_path) == [name]
+    assert data.found(tmp_path) == []
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
+    assert data.found_in_layout() == [name]
+    last = [path for path in before if path.is_file()][-1]
+    content = last.read_bytes()
+    last.unlink()
+    assert data.found_in_layout() == []  # what is lacking would be downloaded
+    last.write_bytes(content)
+    data.load(name)  # without the network
 
 
 def test_npz_comes_before_torchvisions_layout(tmp_path, monkeypatch):

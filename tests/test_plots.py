@@ -264,6 +264,57 @@ def test_learning_rates_are_means_in_per_cent(ax):
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
+def test_variants_of_ones_own_have_colours_and_labels_too(ax):
+    """Each variant its own: none shares the colour of another in the figure."""
+    plots.use_style()
+    names = ["mine", "deterministic", "my-other", "stochastic", "third"]
+    frame = pd.DataFrame({"variant": names, "test_error": [0.01, 0.02, 0.03, 0.04, 0.05]})
+    plots.errors(frame, {"deterministic": (1.29, 0.08), "third": (2.0, None)}, ax)
+    dots = {names[round(xy(line)[1].item())]: mpl.colors.to_hex(line.get_color())
+            for line in ax.lines if line.get_marker() == "o"}  # fmt: skip
+    assert list(dots) == names
+    assert len(set(dots.values())) == 5
+    assert dots["deterministic"] == plots.COLORS["deterministic"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    diamonds = [xy(line) for line in ax.lines if line.get_marker() == "D"]
+    assert [(x.item(), names[round(y.item())]) for x, y in diamonds] == [
+        (1.29, "deterministic"), (2.0, "third")]  # fmt: skip
+
+
+def test_optimizers_of_ones_own_have_a_colour_with_and_without_scaling(ax):
+    plots.use_style()
+    names = ["adam", "my-lion", "my-lion-scaled", "my-bop", "sgd-scaled"]
+    runs = itertools.product(names, (0.1, 0.01))
+    frame = pd.DataFrame(runs, columns=["variant", "lr"]).assign(test_error=0.1)
+    plots.learning_rates(frame, ax)
+    drawn = {name: (mpl.colors.to_hex(line.get_color()), line.get_linestyle())
+             for name, line in lines(ax).items()}  # fmt: skip
+    assert list(drawn) == names
+    assert [style for _, style in drawn.values()] == ["--", "--", "-", "--", "-"]
+    assert drawn["my-lion"][0] == drawn["my-lion-scaled"][0]
+    assert len({color for color, _ in drawn.values()}) == 4
+    assert drawn["adam"][0] == mpl.colors.to_hex("C2")
+
+
+def test_training_curves_of_ones_own_variants_have_one_colour_each(ax):
+    plots.use_style()
+    frame = histories().replace({"variant": {"none": "mine", "stochastic": "deterministic"}})
+    plots.training_curves(frame, ax)
+    cost = next(other for other in ax.figure.axes if other is not ax)
+    solid, dotted = ([mpl.colors.to_hex(line.get_color()) for line in each.lines]
+                     for each in (ax, cost))  # fmt: skip
+    assert solid == dotted
+    assert solid[0] != solid[1] == plots.COLORS["deterministic"]
+
+
+def test_more_variants_than_colours_begin_the_cycle_again(ax):
+    mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=[plots.COLORS["deterministic"]])
+    names = ["deterministic", "one", "two"]
+    frame = pd.DataFrame({"variant": names, "test_error": 0.1})
+    plots.errors(frame, {}, ax)
+    assert len([line for line in ax.lines if line.get_marker() == "o"]) == 3
+
+
 @pytest.mark.parametrize("bound", [1.0, 1.5])
 def test_a_weight_histogram_has_the_area_of_its_density(bound):
     axes = plt.figure().subplots(1, 2)

@@ -361,6 +361,21 @@ def test_load_has_one_row_a_run(several):
     assert set(records.load(root=several).experiment) == {"toy.table1", "toy.table2"}
 
 
+def test_read_all_goes_on_after_a_damaged_record_only_when_told(several):
+    later = several / "toy.table2" / "sgd-seed3.json"
+    bad = [several / "toy.table1" / "sgd-seed2.json", later]
+    for path in bad:
+        path.write_text("{")
+    later.write_text(json.dumps({"format": 99}))
+    errors = []
+    left = [(r.scale, r.variant, r.seed) for r in records.read_all(None, several, errors.append)]
+    assert left == [("full", "adam", 3), ("full", "sgd", 10), ("small", "sgd", 3)]
+    assert [type(error) for error in errors] == [RecordError] * 2
+    assert all(str(path) in str(error) for path, error in zip(bad, errors, strict=True))
+    with pytest.raises(RecordError, match="format is 99"):
+        list(records.read_all(root=several))
+
+
 def test_histories_are_tidy(several):
     frame = records.histories("toy.table1", several)
     assert list(frame.columns[:4]) == ["experiment", "variant", "seed", "scale"]
