@@ -4,6 +4,7 @@ Python launches a step's hundreds of kernels one by one. If they are small, the 
 a graph is launched as one.
 """
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Graph:
     """
 
     def __init__(self, function: Callable, device: torch.device):
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        self.graph, stream = torch.cuda.CUDAGraph(), _stream(device)
         with torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -45,6 +46,8 @@ class Graph:
             try:
                 with torch.cuda.graph(self.graph, stream=stream):
                     self.outputs = function()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # which may leave this process unfit for more
                 raise GraphError(
                     f"the step cannot be recorded as a CUDA graph ({error}); start anew with "
@@ -54,6 +57,12 @@ class Graph:
     def __call__(self):
         self.graph.replay()
         return self.outputs
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of a device for recordings: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 def is_wanted(device: torch.device) -> bool:

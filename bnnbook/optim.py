@@ -193,9 +193,10 @@ class CascadedEMA(FlipOptimizer):
     alpha: :math:`\alpha` in (0, 1]; about 1/alpha steps are remembered. ``group["lr"]``, which any
     torch scheduler may decay, down to 0.
     gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 makes the filter first-order.
-    fused: compile the update with `torch.compile` into one pass over memory; results are the same
-    bit for bit. It takes some seconds for each new set of shapes; after eight sets in one process
-    torch warns and goes on uncompiled.
+    fused: compile the update with `torch.compile` into one pass over memory; on a CPU results are
+    the same bit for bit (a GPU's compiler may round a product and a sum together). It takes some
+    seconds for each new set of shapes; after eight sets in one process torch warns and goes on
+    uncompiled.
 
     After the first step every weight is minus the sign of its first gradient, so that about half
     of them flip. Weights without a gradient are left alone. State: two buffers a weight, at least

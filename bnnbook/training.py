@@ -119,12 +119,15 @@ def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_ran
             batch_size: int = 1000) -> Tensor:  # fmt: skip
     """Return the model's outputs in evaluation mode, computed without autocast, (N, classes).
 
+    On CUDA torch lets convolutions round their float32 inputs to TF32, which ±1 survive exactly;
+    ``torch.backends.cudnn.allow_tf32 = False`` forbids it.
+
     images: as in a `bnnbook.data.Dataset`, uint8 (N, C, H, W), unless ``preprocess`` takes others.
     """
     if preprocess is unit_range and images.is_floating_point():
         raise ValueError("images are uint8, from 0 to 255; for ones of real numbers name the "
                          "preprocess that the model was trained with")  # fmt: skip
-    device = next(model.parameters()).device
+    device = _device_of(model)
     with _evaluation_mode(model):
         batches = (preprocess(part.to(device)) for part in images.split(batch_size))
         return torch.cat([model(batch).float() for batch in batches])
@@ -213,7 +216,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     probes: one or several, see `bnnbook.probes`.
     test_model: makes from the model the network that is evaluated after an epoch; default itself.
     evaluate_every: evaluate after every so many epochs, and after the last.
-    device: "cpu", "cuda", or None for the best there is.
+    device: "cpu", "cuda", "auto" for the best there is, or None for the model's own. Another one
+    than the model's raises ValueError.
     autocast: on CUDA, compute in the type `autocast_dtype` chooses.
     compile: use torch.compile.
     graph: on CUDA, record the forward and the backward pass once as a CUDA graph and replay it,
@@ -235,10 +239,11 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     """
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
+    device = _device_of(model) if device is None else choose_device(device)
     run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
                augment=augment, preprocess=preprocess, schedulers=_as_tuple(schedulers),
                probes=_as_tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
-               device=choose_device(device), autocast=autocast, compile=compile, graph=graph,
+               device=device, autocast=autocast, compile=compile, graph=graph,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
     with (
         _reproducible(run.device, seed), _stop_signals(run), _hooks_off_after(run.probes),
@@ -813,13 +818,19 @@ def _check_held(optimizers, model, loss) -> None:
 @contextlib.contextmanager
 def _reproducible(device: torch.device, seed: int):
     """Seed torch for this run only, and ask cuDNN for deterministic kernels."""
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-    ):
+    cudnn = torch.backends.cudnn  # whose flags() would also set allow_tf32
+    before = cudnn.benchmark, cudnn.deterministic
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield
+        cudnn.benchmark, cudnn.deterministic = False, True
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 @contextlib.contextmanager

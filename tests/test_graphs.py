@@ -366,6 +366,19 @@ def test_where_a_graph_is_refused_the_error_says_what_to_do(cuda, monkeypatch):
         graphs.Graph(lambda: None, CPU)
 
 
+def test_a_gpu_without_room_is_no_refusal(cuda, monkeypatch):
+    """With less at once, or later, the same step can be recorded."""
+
+    @contextlib.contextmanager
+    def full(graph, stream):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.Graph(lambda: None, CPU)
+
+
 def test_what_fails_in_recording_leaves_the_statistics(tape, monkeypatch):
     torch.manual_seed(0)
     made = mlp()

@@ -780,6 +780,7 @@ def test_a_step_does_not_wait_for_the_device(rule):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @each_rule
 def test_a_step_does_not_wait_for_the_gpu(rule):
     (weight,) = weights_of(start((20,)), device="cuda")

@@ -612,6 +612,7 @@ def test_a_step_never_waits_for_the_device(name, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("name", EVERY)
 def test_a_step_never_synchronises_a_gpu(name):
     model, probe = mixed_network().cuda(), EVERY[name]()

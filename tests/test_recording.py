@@ -584,7 +584,7 @@ def test_a_worker_without_a_first_process_ends_in_silence(tmp_path, capfd):
     job = small(epochs=5000)
     process, pipe = start_worker(job, tmp_path / "runs")
     pipe.close()
-    wait_for(job.checkpoint(tmp_path / "runs").exists)
+    wait_for(job.checkpoint(tmp_path / "runs", "cpu").exists)
     process.terminate()
     process.join(60)
     assert (process.exitcode, capfd.readouterr().err) == (0, "")

@@ -473,6 +473,29 @@ def test_a_probe_without_a_state_is_refused_with_a_checkpoint_only(tmp_path):
         run(1, probes=[Bare()], checkpoint=tmp_path / "run.pt")
 
 
+def test_without_a_device_a_run_is_where_its_model_is(monkeypatch):
+    made = setting()
+    made[0].to("meta")
+    with pytest.raises(ValueError, match="the model is on meta, the run on cpu"):
+        run(1, made)
+    monkeypatch.setattr(training, "choose_device", lambda _: torch.device("cuda"))
+    assert len(run(1, device=None)[1].rows) == 1
+
+
+def test_a_run_changes_cudnn_as_it_says_and_puts_it_back(monkeypatch):
+    seen, cudnn = [], torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def look(outputs, targets):
+        seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32))
+        return cross_entropy(outputs, targets)
+
+    loss_run(None, look)
+    assert set(seen) == {(False, True, False)}
+    assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, False, False)
+
+
 @pytest.mark.parametrize(("kind", "needs"), [
     (torch.optim.lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau.step needs its metrics"),
     (None, "LBFGS.step needs its closure"),
