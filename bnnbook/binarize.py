@@ -1,13 +1,21 @@
 """Quantizers: real numbers in, a few exact values out, and what passes for their gradient.
 
 Every function keeps shape, dtype and device, and takes float16, bfloat16, float32 or float64.
-The binary ones return exactly -1 or +1, also for NaN, whose sign means nothing.
+The binary ones return exactly -1 or +1, also for NaN, whose sign means nothing; `sign` and what is
+made of it raise TypeError for integers, which have no gradient.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+
+def _is_exported() -> bool:
+    """Tell whether torch.export, torch.jit.trace or an ONNX exporter takes down what runs."""
+    # torch.compiler.is_exporting is newer than torch 2.6, and true in torch.compile, too
+    exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return exported or torch.jit.is_tracing()
 
 
 def sign(x: Tensor) -> Tensor:
@@ -19,6 +27,10 @@ def sign(x: Tensor) -> Tensor:
     >>> sign(torch.tensor([-0.5, -0.0, 0.0, 2.0]))
     tensor([-1.,  1.,  1.,  1.])
     """
+    if not x.is_floating_point():
+        raise TypeError(f"sign takes floating-point numbers, not {x.dtype}")
+    if _is_exported():
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)  # ONNX has no copysign
     # 2x plus the smallest positive number is positive for 0 and -0, and still negative for x < 0.
     # Two passes over memory; torch.where takes ten times as long on a CPU. Nothing in place:
     # inside an autograd function torch.compile (2.11) would make the gradient zero.
@@ -31,6 +43,12 @@ def _just_above(limit: float, dtype: torch.dtype) -> float:
     """Return the number of the dtype that follows on limit."""
     step = math.ldexp(torch.finfo(dtype).eps, math.frexp(limit)[1] - 1)
     return (round(limit / step) + 1) * step
+
+
+def _apply(function: type[torch.autograd.Function], *arguments) -> Tensor:
+    """Apply an autograd function; torch.jit.trace gets its forward alone, and no gradient."""
+    # a trace that calls Python, as the function's backward pass would, cannot be saved
+    return (function.forward if torch.jit.is_tracing() else function.apply)(*arguments)
 
 
 class _STESign(torch.autograd.Function):
@@ -74,7 +92,7 @@ def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
     """
     if clip_value is not None and not 0 < clip_value < math.inf:
         raise ValueError(f"clip_value must be a positive number or None, not {clip_value!r}")
-    return _STESign.apply(x, clip_value)
+    return _apply(_STESign, x, clip_value)
 
 
 class _ApproxSign(torch.autograd.Function):
@@ -110,7 +128,7 @@ def approx_sign(x: Tensor) -> Tensor:
     >>> approx_sign(x).sum().backward(); x.grad
     tensor([0., 1., 2., 0.])
     """
-    return _ApproxSign.apply(x)
+    return _apply(_ApproxSign, x)
 
 
 class _SwishSign(torch.autograd.Function):
@@ -160,7 +178,7 @@ def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
     """
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a positive number, not {beta!r}")
-    return _SwishSign.apply(x, beta)
+    return _apply(_SwishSign, x, beta)
 
 
 def magnitude_aware_sign(w: Tensor, clip_value: float | None = 1.0) -> Tensor:
@@ -194,7 +212,8 @@ class _Levels(torch.autograd.Function):
 
     @staticmethod
     def forward(x, n):
-        return (x * n).round() / n
+        # by a tensor: a GPU divides by a number as by its rounded inverse, and the levels differ
+        return (x * n).round() / torch.full((), n, dtype=x.dtype, device=x.device)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -224,7 +243,7 @@ def dorefa_activation(x: Tensor, bits: int = 1) -> Tensor:
     >>> dorefa_activation(torch.tensor([-1.0, 0.2, 0.5, 0.9, 7.0]), bits=2)
     tensor([0.0000, 0.3333, 0.6667, 1.0000, 1.0000])
     """
-    return _Levels.apply(x.clamp(0, 1), _steps(bits))
+    return _apply(_Levels, x.clamp(0, 1), _steps(bits))
 
 
 def dorefa_weight(w: Tensor, bits: int = 1) -> Tensor:
@@ -245,8 +264,9 @@ def dorefa_weight(w: Tensor, bits: int = 1) -> Tensor:
     """
     squashed = w.tanh()
     # never 0, so that weights that are all 0 do not become NaN
-    largest = squashed.detach().abs().amax().clamp(min=torch.finfo(w.dtype).tiny)
-    return 2 * _Levels.apply(squashed / (2 * largest) + 0.5, _steps(bits)) - 1
+    # (along one dimension, as ONNX wants it)
+    largest = squashed.detach().abs().flatten().amax(0).clamp(min=torch.finfo(w.dtype).tiny)
+    return 2 * _apply(_Levels, squashed / (2 * largest) + 0.5, _steps(bits)) - 1
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -292,7 +312,7 @@ def stochastic_sign(w: Tensor, generator: torch.Generator | None = None) -> Tens
     >>> stochastic_sign(torch.tensor([-1.0, 1.0, 7.0]))
     tensor([-1.,  1.,  1.])
     """
-    return _StochasticSign.apply(w, generator)
+    return _apply(_StochasticSign, w, generator)
 
 
 def real_weight(w: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ class BinaryLayer:
     ``weight`` is latent (real) when ``weight_quantizer`` is set, exactly -1 or +1 when it is None.
     In the latter case only an optimizer that flips signs may train it (`optim.Bop`,
     `optim.CascadedEMA`), and loading other values than ±1 raises RuntimeError.
+
+    To make another layer of torch binary, inherit from this class and then from the layer, call
+    `set_quantizers` once the weight is there, and use `quantized_input` and `binary_weight` in
+    ``forward``. The optimizers, probes and functions of the library then know it.
     """
 
     weight: nn.Parameter
@@ -58,8 +62,14 @@ class BinaryLayer:
             # the quantizer is not set yet while torch's own constructor runs
             if getattr(self, "weight_quantizer", self) is None:
                 self.weight.copy_(sign(self.weight))
-            if self.bias is not None:
+            if getattr(self, "bias", None) is not None:  # a layer of one's own may have none
                 self.bias.zero_()
+
+    def __setattr__(self, name: str, value) -> None:
+        # nn.Module takes no function where a module stands, and a quantizer may be either
+        if name in QUANTIZED:
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         weight, errors = state_dict.get(prefix + "weight"), rest[-1]
@@ -116,16 +126,22 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
     quantizers are those of `BinaryLinear`.
 
     ``padding_value`` fills the border of the quantized input. 0, as in the papers' codes, adds a
-    third value to a binary input; 1 or -1 keep it binary. Others raise ValueError.
+    third value to a binary input; 1 or -1 keep it binary. Others raise ValueError, and so does a
+    value together with a ``padding_mode`` other than ``"zeros"``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, *, stride=1, padding=0,
-                 groups: int = 1, weight_quantizer=ste_sign, input_quantizer=None,
-                 bias: bool = False, padding_value: float = 0.0):  # fmt: skip
+                 dilation=1, groups: int = 1, weight_quantizer=ste_sign, input_quantizer=None,
+                 bias: bool = False, padding_mode: str = "zeros",
+                 padding_value: float = 0.0):  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
-                         groups=groups, bias=bias)  # fmt: skip
+                         dilation=dilation, groups=groups, bias=bias,
+                         padding_mode=padding_mode)  # fmt: skip
         if padding_value not in (-1, 0, 1):
             raise ValueError(f"padding_value must be 0, 1 or -1, not {padding_value!r}")
+        if padding_value and padding_mode != "zeros":
+            raise ValueError(f"padding_value={padding_value} needs padding_mode='zeros', "
+                             f"not {padding_mode!r}")  # fmt: skip
         self.padding_value = padding_value
         self.set_quantizers(weight_quantizer, input_quantizer)
 
@@ -136,8 +152,9 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         padding = self.padding
-        if self.padding_value:
-            x = F.pad(x, self._reversed_padding_repeated_twice, value=self.padding_value)
+        if self.padding_value or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_value else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode, self.padding_value)
             padding = 0
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
@@ -204,14 +221,15 @@ class ExpertBinaryConv2d(BinaryConv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, *, experts: int = 4,
-                 stride=1, padding=0, groups: int = 1, weight_quantizer=ste_sign,
+                 stride=1, padding=0, dilation=1, groups: int = 1, weight_quantizer=ste_sign,
                  input_quantizer=ste_sign, bias: bool = False, temperature: float = 1.0,
-                 padding_value: float = 0.0):  # fmt: skip
+                 padding_mode: str = "zeros", padding_value: float = 0.0):  # fmt: skip
         if experts < 1 or not temperature > 0:
             raise ValueError("experts and temperature must be positive, "
                              f"not {experts!r} and {temperature!r}")  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
-                         groups=groups, bias=bias, padding_value=padding_value)  # fmt: skip
+                         dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode,
+                         padding_value=padding_value)  # fmt: skip
         self.experts, self.temperature = experts, temperature
         self.weight = nn.Parameter(self.weight.new_empty(experts, *self.weight.shape))
         self.gate = nn.Linear(in_channels, experts)
@@ -221,13 +239,14 @@ class ExpertBinaryConv2d(BinaryConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, out_channels, H', W') for x of shape (N, in_channels, H, W)."""
         scores = self._scores(x)
+        samples = scores.shape[0]  # not len(), a constant to torch.export
         weight = self._chosen(scores, self.binary_weight().flatten(1))
         # one grouped convolution for all samples: they stand side by side, as channels of one
         x = self.quantized_input(x).flatten(0, 1)[None]
         weight = weight.view(-1, *self.weight.shape[2:])
-        bias = None if self.bias is None else self.bias.repeat(len(scores))
-        y = self._convolve(x, weight, bias, self.groups * len(scores))
-        return y.reshape(len(scores), self.out_channels, *y.shape[2:])
+        bias = None if self.bias is None else self.bias.repeat(samples)
+        y = self._convolve(x, weight, bias, self.groups * samples)
+        return y.reshape(samples, self.out_channels, *y.shape[2:])
 
     def _chosen(self, scores: Tensor, experts: Tensor) -> Tensor:
         """Return each sample's kernel, (N, numbers in a kernel); here the gate learns."""

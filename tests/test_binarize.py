@@ -62,6 +62,13 @@ def test_sign_keeps_shape_and_memory_format():
     assert binarize.sign(torch.tensor(-0.0, dtype=torch.float16)).dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["sign", "ste_sign", "approx_sign", "swish_sign"])
+def test_sign_refuses_other_numbers_by_the_name_of_their_dtype(name, dtype):
+    with pytest.raises(TypeError, match=f"floating-point numbers, not {dtype}"):
+        getattr(binarize, name)(torch.ones(3, dtype=dtype))
+
+
 def test_sign_carries_no_gradient_and_keeps_its_input():
     x = torch.tensor(GRID, requires_grad=True)
     assert not binarize.sign(x).requires_grad
@@ -400,6 +407,48 @@ def test_quantizers_compile_without_graph_breaks_and_keep_their_gradient(dynamic
         assert expected.any(), name
     same = [name != "stochastic_sign" for name in [*QUANTIZERS, "sign"]]
     torch.testing.assert_close(sums[same], expected_sums[same])
+
+
+class Quantize(torch.nn.Module):
+    """What torch.export and torch.jit.trace take: one quantizer as a module."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.quantizer = QUANTIZERS[name]
+
+    def forward(self, w):
+        return self.quantizer(w)
+
+
+DRAWN = "stochastic_sign"
+by_fixed_name = pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != DRAWN])
+
+
+@by_fixed_name
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_exported_quantizer_is_the_same_and_has_an_onnx_form(name, dtype):
+    """ONNX knows neither copysign nor a largest number without the dimension it is taken along."""
+    w = grid(dtype, finite=True).detach()[:, None]
+    exported = torch.export.export(Quantize(name), (w,), strict=False)
+    assert torch.equal(exported.module()(w), QUANTIZERS[name](w))
+    calls = [node for node in exported.graph.nodes if node.op == "call_function"]
+    names = {node.target.name() for node in calls}
+    assert not {n for n in names if "copysign" in n or "signbit" in n}
+    assert all(len(node.args) > 1 for node in calls if node.target.name() == "aten::amax")
+
+
+# torch is about to retire torch.jit, and says so in a warning
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@by_name
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_traced_quantizer_can_be_saved(name, gradients, tmp_path):
+    w = grid(torch.float32, finite=True).detach()[:, None]
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(Quantize(name), w, check_trace=name != DRAWN)
+    traced.save(tmp_path / "traced.pt")
+    again = torch.jit.load(tmp_path / "traced.pt")(w)
+    assert again.shape == w.shape
+    assert name == DRAWN or torch.equal(again, QUANTIZERS[name](w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

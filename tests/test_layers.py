@@ -56,19 +56,71 @@ def test_binary_inputs(kind, arguments, shape):
     assert torch.equal(layer(x), layer(x.sign()))
 
 
+class Scaled(nn.Module):
+    """A quantizer that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, w):
+        return self.scale * ste_sign(w)
+
+
 def test_a_quantizer_may_be_a_module_with_parameters():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(2.0))
-
-        def forward(self, w):
-            return self.scale * ste_sign(w)
-
     layer = layers.BinaryLinear(3, 2, weight_quantizer=Scaled())
     layer(torch.randn(4, 3)).sum().backward()
     assert layer.weight_quantizer.scale.grad is not None
     assert layer.binary_weight().abs().eq(2).all()
+
+
+@pytest.mark.parametrize("make", [
+    lambda **q: layers.BinaryLinear(3, 3, **q),
+    lambda **q: layers.ExpertBinaryConv2d(3, 3, 3, **q),  # has another module inside
+])  # fmt: skip
+def test_another_quantizer_may_take_the_place_of_a_module(make):
+    model = nn.Sequential(make(weight_quantizer=Scaled(), input_quantizer=Scaled()))
+    (before,) = model
+    quantizers, keys = (before.weight_quantizer, before.input_quantizer), list(model.state_dict())
+    for other in (real_weight, Scaled()):
+        with layers.quantized_by(model, other):
+            assert before.weight_quantizer is other
+            assert torch.equal(before.binary_weight(), other(before.weight))
+        assert (before.weight_quantizer, before.input_quantizer) == quantizers
+        assert sorted(model.state_dict()) == sorted(keys)
+    before.set_quantizers(ste_sign, None)
+    assert not [key for key in model.state_dict() if "scale" in key]
+    assert before.binary_weight().abs().eq(1).all()
+    before.set_quantizers(*quantizers)
+    assert list(model.state_dict()) == keys
+    before.set_quantizers(None, before.input_quantizer)
+    assert sorted(set(keys) - set(model.state_dict())) == ["0.weight_quantizer.scale"]
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_quantizer": None, "input_quantizer": ste_sign}])
+def test_a_layer_of_ones_own(options):
+    """As the docstring of BinaryLayer says, here without a bias."""
+
+    class BinaryBilinear(layers.BinaryLayer, nn.Module):
+        def __init__(self, weight_quantizer=ste_sign, input_quantizer=None):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, 4, 5))
+            self.set_quantizers(weight_quantizer, input_quantizer)
+            self.reset_parameters()
+
+        def forward(self, x):
+            x = self.quantized_input(x)
+            return nn.functional.bilinear(x[:, :4], x[:, 4:], self.binary_weight())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(BinaryBilinear(**options), nn.Linear(1, 2))
+    binary, real = split_parameters(model)
+    assert [p is model[0].weight for p in binary] == [True]
+    assert len(list(real)) == 2
+    assert (model[0].weight.abs() == 1).all() == ("weight_quantizer" in options)
+    model(torch.randn(6, 9)).square().sum().backward()
+    assert model[0].weight.grad.all()
+    assert "quantizer=ste_sign" in repr(model)
 
 
 def test_state_dict_round_trip():
@@ -173,10 +225,11 @@ def test_algorithm_1_agrees_bit_for_bit_with_its_literal_twin():
 # --- The convolution's border ------------------------------------------------------------------
 
 
-def convolve(x, weight, stride=1, padding=0, groups=1, value=0.0):
+def convolve(x, weight, stride=1, padding=0, groups=1, value=0.0, dilation=1):
     """A convolution of one sample, x (C, H, W), weight (O, C / groups, kh, kw), spelled out."""
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)), constant_values=value)
-    outputs, inputs, kh, kw = weight.shape
+    outputs, inputs = weight.shape[:2]
+    kh, kw = (dilation * (k - 1) + 1 for k in weight.shape[2:])
     shape = [(size - k) // stride + 1 for size, k in zip(x.shape[1:], (kh, kw), strict=True)]
     y = np.zeros((outputs, *shape))
     for o, i, j in np.ndindex(y.shape):
@@ -184,19 +237,20 @@ def convolve(x, weight, stride=1, padding=0, groups=1, value=0.0):
         patch = x[
             first : first + inputs, i * stride : i * stride + kh, j * stride : j * stride + kw
         ]
-        y[o, i, j] = (patch * weight[o]).sum()
+        y[o, i, j] = (patch[:, ::dilation, ::dilation] * weight[o]).sum()
     return y
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
-@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 2)])
-def test_the_border_is_padded_after_the_input_is_quantized(stride, groups, value):
+@pytest.mark.parametrize(("stride", "groups", "dilation"), [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_the_border_is_padded_after_the_input_is_quantized(stride, groups, dilation, value):
     layer = layers.BinaryConv2d(4, 6, 3, stride=stride, padding=1, groups=groups, bias=True,
-                                input_quantizer=ste_sign, padding_value=value)  # fmt: skip
+                                dilation=dilation, input_quantizer=ste_sign,
+                                padding_value=value)  # fmt: skip
     nn.init.normal_(layer.bias)
     x = torch.randn(2, 4, 5, 6)
     weight = layer.binary_weight().detach().numpy()
-    expected = [convolve(np.where(sample >= 0, 1, -1), weight, stride, 1, groups, value)
+    expected = [convolve(np.where(sample >= 0, 1, -1), weight, stride, 1, groups, value, dilation)
                 for sample in x.numpy()]  # fmt: skip
     expected += layer.bias.detach().numpy()[:, None, None]
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-5)
@@ -226,6 +280,29 @@ def test_only_a_binary_border_keeps_the_input_binary():
     assert {v: layer(x)[0, 0, 0, 0].item() for v, layer in ones.items()} == {0: -4, 1: 1, -1: -9}
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("kind", [layers.BinaryConv2d, layers.ExpertBinaryConv2d])
+def test_a_border_of_the_input_itself(kind, mode, dilation):
+    """It stays binary, as the quantized input is."""
+    layer = kind(2, 3, 3, padding="same", dilation=dilation, padding_mode=mode,
+                 input_quantizer=ste_sign)  # fmt: skip
+    x = torch.randn(2, 2, 5, 6)
+    chosen = layer.selected(x).tolist() if hasattr(layer, "experts") else [...] * 2
+    names = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    expected = []
+    for sample, k in zip(x.numpy(), chosen, strict=True):
+        around = np.pad(sample, ((0, 0), *[(dilation, dilation)] * 2), mode=names[mode])
+        weight = layer.binary_weight()[k].detach().numpy()
+        expected.append(convolve(np.where(around >= 0, 1, -1), weight, dilation=dilation))
+    assert layer(x).tolist() == np.array(expected).tolist()
+
+
+def test_a_border_is_a_number_or_a_mode():
+    with pytest.raises(ValueError, match="padding_value=1 needs padding_mode='zeros', not 'refl"):
+        layers.BinaryConv2d(1, 1, 3, padding=1, padding_mode="reflect", padding_value=1)
+
+
 @pytest.mark.parametrize("value", [0.5, 2, float("nan"), None])
 def test_other_borders_are_refused(value):
     with pytest.raises(ValueError, match="padding_value must be 0, 1 or -1"):
@@ -245,6 +322,7 @@ EXPERT_OPTIONS = [
     {"padding": 1, "padding_value": 1.0, "bias": True, "experts": 2},
     {"padding": 1, "padding_value": -1.0, "groups": 4, "experts": 7},
     {"padding": "same", "bias": True, "experts": 1},
+    {"padding": 1, "dilation": 2, "padding_value": 1.0},
     {"weight_quantizer": magnitude_aware_sign, "input_quantizer": None},
     {"weight_quantizer": None},
 ]
@@ -288,7 +366,7 @@ def test_each_sample_meets_its_own_expert(options, training, samples):
         weight = quantizer(layer.weight[k]).detach().numpy()
         seen = layer.quantized_input(sample).numpy()
         expected.append(convolve(seen, weight, layer.stride[0], padding, layer.groups,
-                                 layer.padding_value))  # fmt: skip
+                                 layer.padding_value, layer.dilation[0]))  # fmt: skip
     expected = np.array(expected)
     if layer.bias is not None:
         expected += layer.bias.detach().numpy()[:, None, None]
@@ -348,7 +426,7 @@ def test_gradients_are_those_of_the_winner_and_of_a_soft_mixture_for_the_gate(op
             seen = nn.functional.pad(seen, [1] * 4, value=layer.padding_value)
         outputs.append(nn.functional.conv2d(
             seen, weight, layer.bias, layer.stride, 0 if layer.padding_value else layer.padding,
-            groups=layer.groups))  # fmt: skip
+            layer.dilation, layer.groups))  # fmt: skip
     expected = torch.autograd.grad(torch.cat(outputs), parameters, upstream)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -474,6 +552,16 @@ def test_experts_compile_without_graph_breaks_and_keep_their_gradients():
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
         assert other.any()
+
+
+@pytest.mark.parametrize("options", EXPERT_OPTIONS)
+def test_exported_experts_take_batches_of_any_size(options):
+    layer = expert_layer(**options).eval()
+    sizes = ({0: torch.export.Dim("samples")},)
+    exported = torch.export.export(layer, (inputs(3),), dynamic_shapes=sizes, strict=False)
+    for samples in (2, 3, 7):
+        x = inputs(samples, seed=samples)
+        torch.testing.assert_close(exported.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("options", [{"experts": 0}, {"temperature": 0.0}, {"temperature": -1.0}])
@@ -839,6 +927,41 @@ def test_the_elastic_link_refuses_what_does_not_fit():
     link = layers.ElasticLink(2, 2)
     with pytest.raises(ValueError, match=r"same height and width, not \(4, 4\) and \(2, 2\)"):
         link(torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2))
+
+
+# --- Out of PyTorch ------------------------------------------------------------------------------
+
+
+def small_network():
+    torch.manual_seed(0)
+    q = {"input_quantizer": ste_sign}
+    # sums of 27 signs are odd: none is 0, whose sign would hang on the order of the sum
+    convolution = layers.BinaryConv2d(3, 4, 3, padding=1, padding_value=1, **q)
+    linear = layers.BinaryLinear(4 * 5 * 6, 3, weight_quantizer=None, **q)
+    around = nn.BatchNorm2d(4), layers.RPReLU(4), nn.Flatten()
+    return nn.Sequential(convolution, *around, linear).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter about itself
+def test_a_network_becomes_an_onnx_file(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    network, x = small_network(), inputs(channels=3).float()
+    sizes = ({0: torch.export.Dim("samples")},)
+    torch.onnx.export(network, (x[:2],), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=sizes)
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, network(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_extracted_where_binary_layers_are_leaves():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    network, x = small_network(), inputs(channels=3).float()
+    leaves = {"leaf_modules": [layers.BinaryConv2d, layers.RPReLU, layers.BinaryLinear]}
+    features = create_feature_extractor(network, ["0", "4"], tracer_kwargs=leaves)(x)
+    assert torch.equal(features["0"], network[0](x))
+    assert torch.equal(features["4"], network(x))
 
 
 @pytest.mark.parametrize("kind", ["weight_quantizer", "input_quantizer"])
