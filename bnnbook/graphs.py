@@ -74,14 +74,14 @@ def is_wanted(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("BNNBOOK_GRAPHS") != "0"
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Return whether Python looks on in the model's passes, which a replayed graph would skip.
+def count_hooks(model: nn.Module) -> int:
+    """Return how often Python looks on in the model's passes, which a replayed graph would skip.
 
-    >>> has_hooks(nn.Linear(2, 2))
-    False
+    >>> count_hooks(nn.Linear(2, 2))
+    0
     """
     parts = [*model.modules(), *model.parameters()]
-    return any(getattr(part, hooks, None) for part in parts for hooks in HOOKS)
+    return sum(len(getattr(part, hooks, None) or ()) for part in parts for hooks in HOOKS)
 
 
 def is_held(model: nn.Module) -> bool:

@@ -4,7 +4,9 @@ A probe has ``start(model)``, ``step()`` after each optimizer step, ``epoch()`` 
 epoch's columns, and ``state_dict`` / ``load_state_dict`` so that a resumed run counts on.
 
 The probes that look inside a step, `ActivationSaturation` and `GradientSample`, hang hooks on the
-network. ``stop()`` takes them off, and so does the end of a ``with`` block.
+network. ``stop()`` takes them off, and so does the end of a ``with`` block. A probe whose hooks,
+its ``handles``, do not look into every step says in ``looking`` whether they will into the next:
+the others may be replayed as a CUDA graph, which calls no hooks.
 """
 
 import math

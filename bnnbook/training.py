@@ -224,7 +224,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     for steps too small to keep a GPU busy. The numbers are the same, but augment, preprocess, loss
     and model must be made of tensor operations on the device: a number that Python draws for each
     batch would be drawn once (a first replay is compared with a step, and refused). Step by step
-    as ever on a CPU, in float16, for a model with hooks, for one of which an output that can be
+    as ever on a CPU, in float16, for steps that a probe looks into, for a model with other hooks
+    than such a probe's, for one of which an output that can be
     differentiated is still kept (a warning says so), and where BNNBOOK_GRAPHS=0 is set.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators, and on CUDA if the backward pass of no
@@ -288,7 +289,7 @@ def train_step(run: "_Run", index: Tensor) -> None:
 
 
 class _GraphedGradients:
-    """What `_Run.gradients` does, replayed as a CUDA graph."""
+    """What `_Run.passes` does, replayed as a CUDA graph."""
 
     def __init__(self, run: "_Run"):
         self.index = torch.arange(run.batch_size, device=run.device)
@@ -303,7 +304,7 @@ class _GraphedGradients:
         """Compute gradients into new tensors; the graph keeps those of its recording."""
         for parameter in self.parameters:
             parameter.grad = None
-        return run.gradients(index)
+        return run.passes(index)
 
     def check(self, run: "_Run") -> None:
         """Raise GraphError if on other images a replay computes other gradients than a step."""
@@ -389,14 +390,16 @@ class _Run:
         self.started = self.saved = time.monotonic()
         for probe in self.probes:
             probe.start(model)
+        self.replay, self.lookers = None, [p for p in self.probes if hasattr(p, "looking")]
         if checkpoint:
             _check_probes(self.probes)
         self.settings = self.current_settings() if checkpoint else {}
 
     def record_graph(self) -> None:
-        """Replace `gradients` by a CUDA graph of it, if that is asked for and possible."""
+        """Make a CUDA graph of the passes, if that is asked for and possible."""
         asked = self.graph and graphs.is_wanted(self.device)
-        if not asked or self.scaler.is_enabled() or graphs.has_hooks(self.model):
+        known = sum(len(probe.handles) for probe in self.lookers)
+        if not asked or self.scaler.is_enabled() or graphs.count_hooks(self.model) > known:
             return
         if graphs.is_held(self.model):
             warnings.warn("a result of this network from before, such as a loss, is still kept: "
@@ -404,9 +407,16 @@ class _Run:
                           stacklevel=3)  # fmt: skip
             return
         self.model.train()
-        self.gradients = _GraphedGradients(self)
+        with _looking_away(self.lookers):
+            self.replay = _GraphedGradients(self)
 
     def gradients(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients on the images at index; return the loss and the hits."""
+        if self.replay is None or any(probe.looking for probe in self.lookers):
+            return self.passes(index)
+        return self.replay(index)
+
+    def passes(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Do the forward and the backward pass on the images at index: the loss, and the hits."""
         images, targets = self.batch(index), self.labels[index]
         with _autocast(self.device, self.autocast):
@@ -846,6 +856,19 @@ def _undone(run: _Run):
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _looking_away(probes: Sequence):
+    """Let the hooks of probes that look into some steps only do nothing."""
+    before = [probe.looking for probe in probes]
+    for probe in probes:
+        probe.looking = False
+    try:
+        yield
+    finally:
+        for probe, looking in zip(probes, before, strict=True):
+            probe.looking = looking
 
 
 @contextlib.contextmanager

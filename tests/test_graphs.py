@@ -18,6 +18,7 @@ from bnnbook.experiments import (
     binaryconnect,
     bulat2021,
     helwegen2019,
+    liu2021,
     martinez2020,
     quist2023,
 )
@@ -184,6 +185,7 @@ RUNS = [
     (binaryconnect, "table2", "stochastic"),
     (bulat2021, "experts", "two"),
     (helwegen2019, "figure1", "middle"),
+    (liu2021, "two_step", "two-step"),
     (martinez2020, "pieces", "full"),
     (quist2023, "order", "second-cosine"),
 ]
@@ -279,6 +281,18 @@ def test_no_step_waits_for_the_device(setting, monkeypatch):
     fit(setting, probes=looks)
     assert len(counts) == 12
     assert min(counts) > 50
+
+
+def test_steps_that_a_probe_looks_into_are_not_replayed(tape, monkeypatch):
+    replays, replay = [], Tape.__call__
+    monkeypatch.setattr(Tape, "__call__", lambda self: replays.append(1) or replay(self))
+    rows = []
+    for graph in (True, False):
+        seen = [probes.ActivationSaturation(limit=0.5, every=3, per_layer=True)]
+        rows.append(fit(bop, probes=seen, graph=graph)[1])
+    assert rows[0] == rows[1]
+    assert 0 < rows[0][0]["activation_saturation"] < 1
+    assert len(replays) == 1 + 2 * 3  # the check, and of each epoch's four steps two
 
 
 def hooked(model):

@@ -187,6 +187,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
             augment=data.crop_flip(padding=4) if recipe.augment else None,
             preprocess=data.standardize(dataset), schedulers=[schedule],
             probes=[probes.FlipRatio(), probes.C2I(), probes.ActivationSaturation(per_layer=True)],
+            graph=True,
             seed=seed + 1000 * number, device=device, checkpoint=path, progress=progress,
         ))  # fmt: skip
     return Fit(model, histories, dataset, recipe, start)
