@@ -119,6 +119,11 @@ def test_second_cell_is_the_form_of_parameters(chapter):
 
 
 @every_chapter
+def test_settings_are_checked_before_anything_is_trained(chapter):
+    assert "experiments.check_settings(scale, seeds, epochs" in cells(chapter)[2].source
+
+
+@every_chapter
 def test_colab_gets_a_gpu(chapter):
     metadata = notebook(chapter).metadata
     assert metadata.accelerator == "GPU"

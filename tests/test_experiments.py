@@ -103,6 +103,19 @@ def test_an_unknown_variant_or_scale_lists_the_known(name):
             function(scale="full")
 
 
+@pytest.mark.parametrize(("settings", "words"), [
+    (("huge", 2, 0), "unknown scale 'huge'; known: small, full"),
+    (("small", 0, 0), "seeds must be at least 1, not 0"),
+    (("small", 1, 2), "epochs must be 0, for the recipes' own number, or at least 3, not 2"),
+    (("small", 1, -1), "or at least 3, not -1"),
+])  # fmt: skip
+def test_what_a_chapter_cannot_be_run_with_is_refused_at_once(settings, words):
+    with pytest.raises(ValueError, match=words):
+        experiments.check_settings(*settings, least=3)
+    for epochs in (0, 3):
+        experiments.check_settings("full", 1, epochs, least=3)
+
+
 def test_an_unknown_optimizer_lists_the_known():
     recipe = replace(binaryconnect.SMALL, optimizer="lion")
     with pytest.raises(ValueError, match="unknown optimizer 'lion'; known: sgd, nesterov, adam"):

@@ -12,6 +12,7 @@ from bnnbook.experiments import (
     martinez2020,
     quist2023,
 )
+from bnnbook.experiments.runs import check_settings as check_settings
 
 PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023, bulat2021, liu2021, martinez2020)
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from bnnbook import training
 from bnnbook.data import Dataset
-from bnnbook.records import Record, environment
+from bnnbook.records import SCALES, Record, environment
 
 
 def check_name(what: str, name: str, known: Collection[str], experiment: str) -> None:
@@ -14,6 +14,21 @@ def check_name(what: str, name: str, known: Collection[str], experiment: str) ->
     if name not in known:
         listed = ", ".join(known)
         raise ValueError(f"unknown {what} {name!r} of {experiment}; known: {listed}")
+
+
+def check_settings(scale: str, seeds: int, epochs: int, least: int = 1) -> None:
+    """Raise ValueError, at once, for a chapter's settings that it cannot be run with.
+
+    epochs: 0 for the recipes' own number, or else ``least`` or more, which its claims compare.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, not {seeds}")
+    if epochs and epochs < least:
+        raise ValueError(
+            f"epochs must be 0, for the recipes' own number, or at least {least}, not {epochs}"
+        )
 
 
 def finished(experiment: str, variant: str, seed: int, scale: str, *, recipe, planned: int,
