@@ -543,7 +543,8 @@ class _Run:
         for name in ("loss", "augment", "preprocess", "test_model"):
             value = getattr(self, name)
             holder = value.__self__ if inspect.ismethod(value) else value
-            found[f"setting of {name}"] = _at_first(holder, _words)
+            describe = _module_words if isinstance(holder, nn.Module) else _words
+            found[f"setting of {name}"] = _at_first(holder, describe)
         for kind in ("optimizers", "schedulers"):
             for number, part in enumerate(self.parts()[kind]):
                 for key, value in _at_first(part, _numbers).items():
@@ -667,14 +668,17 @@ def _words(value, depth: int = 4) -> str:
     """
     if isinstance(value, Tensor):
         return _gist(value)
-    if isinstance(value, nn.Module):
-        parts = (v for module in value.modules() for v in _attributes(module))
-        buffers = (_gist(buffer) for buffer in value.buffers())
-        return " ".join([repr(value), *(repr(v) for v in parts if _is_plain(v)), *buffers])
-    if _is_plain(value):
+    if _is_plain(value) or isinstance(value, nn.Module):  # of a network, statistics move on
         return repr(value)
     told = [v for v in _inside(value) if v is not None and _is_told(v)]
     return f"{_name(value)}({', '.join(_words(v, depth - 1) for v in told if depth)})"
+
+
+def _module_words(module: nn.Module) -> str:
+    """Return what a module, such as a loss, was made with: attributes and buffers, too."""
+    parts = (value for part in module.modules() for value in _attributes(part))
+    shown = [repr(value) for value in parts if _is_plain(value)]
+    return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
 
 
 def _is_told(value) -> bool:

@@ -373,6 +373,21 @@ def test_a_checkpoint_of_another_loss_is_refused_and_of_the_same_continued(
         loss_run(path, make(other))
 
 
+def test_a_network_that_a_function_knows_may_have_moved_on(tmp_path):
+    """As where a notebook's cell is run again, after an interruption, on the same network."""
+    model, optimizers, _ = flip_setting()
+
+    def once():
+        average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+        return training.train(
+            model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu",
+            loss=lambda outputs, targets: cross_entropy(outputs, targets) * bool(average),
+            checkpoint=tmp_path / "run.pt",
+        )  # fmt: skip
+
+    assert without_time(once()) == without_time(once())
+
+
 def test_a_checkpoint_of_frozen_layers_is_not_continued_with_others(tmp_path):
     loss_run(tmp_path / "run.pt", cross_entropy, ["2.bias"])
     with pytest.raises(training.CheckpointError, match="its list of trained parameters"):
