@@ -543,6 +543,35 @@ def test_experts_under_autocast():
 
 # the warning is torch's own, from tracing autograd functions
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("device", "samples"), [
+    ("cpu", 8),
+    pytest.param("cuda", 256, marks=pytest.mark.skipif(not torch.cuda.is_available(),
+                                                       reason="needs CUDA")),
+])  # fmt: skip
+def test_a_batch_of_experts_is_convolved_in_bfloat16_as_it_is_trained(device, samples):
+    """One convolution of samples · groups groups, channels last and deterministic."""
+    torch.manual_seed(0)
+    layer = layers.ExpertBinaryConv2d(64, 64, 3, padding=1, groups=4)
+    x = torch.randn(samples, 64, 16, 16)
+    with torch.no_grad():  # a clear choice, which no rounding turns
+        layer.gate.weight.copy_(torch.eye(4, 64))
+        x[range(samples), [n % 4 for n in range(samples)]] += 5
+    x.requires_grad_()
+    expected = layer(x)
+    expected.sum().backward()
+    slopes = x.grad.clone(), layer.weight.grad.clone()
+    layer.zero_grad()
+    layer.to(device)
+    there = x.detach().to(device, memory_format=torch.channels_last).requires_grad_()
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        with torch.autocast(device, torch.bfloat16):
+            found = layer(there)
+        found.float().sum().backward()
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=2**-8, atol=0)  # whole numbers
+    for slope, other in zip(slopes, (there.grad, layer.weight.grad), strict=True):
+        assert (slope - other.cpu()).norm() < 0.02 * slope.norm()
+
+
 def test_experts_compile_without_graph_breaks_and_keep_their_gradients():
     layer, x = expert_layer(padding=1, padding_value=1.0), inputs()
     torch._dynamo.reset()
