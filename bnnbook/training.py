@@ -225,8 +225,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     and model must be made of tensor operations on the device: a number that Python draws for each
     batch would be drawn once (a first replay is compared with a step, and refused). Step by step
     as ever on a CPU, in float16, for steps that a probe looks into, for a model with other hooks
-    than such a probe's, for one of which an output that can be
-    differentiated is still kept (a warning says so), and where BNNBOOK_GRAPHS=0 is set.
+    than such a probe's, for one of which an output that can be differentiated is still kept (a
+    warning says so), and where BNNBOOK_GRAPHS=0 is set.
     checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
     all randomness comes from torch's global generators, and on CUDA if the backward pass of no
     layer adds in changing order, as that of overlapping max-pooling does); it is written every
@@ -398,7 +398,7 @@ class _Run:
     def record_graph(self) -> None:
         """Make a CUDA graph of the passes, if that is asked for and possible."""
         asked = self.graph and graphs.is_wanted(self.device)
-        known = sum(len(probe.handles) for probe in self.lookers)
+        known = sum(len(getattr(probe, "handles", ())) for probe in self.lookers)
         if not asked or self.scaler.is_enabled() or graphs.count_hooks(self.model) > known:
             return
         if graphs.is_held(self.model):
@@ -537,9 +537,9 @@ class _Run:
 
     def current_settings(self) -> dict[str, object]:
         """Return the numbers that functions, optimizers and schedulers are set to, by name."""
-        found: dict[str, object] = {
-            "list of trained parameters": [p.requires_grad for p in self.model.parameters()]
-        }
+        parameters = self.model.named_parameters()
+        frozen = [name for name, parameter in parameters if not parameter.requires_grad]
+        found: dict[str, object] = {"list of frozen parameters": frozen}
         for name in ("loss", "augment", "preprocess", "test_model"):
             value = getattr(self, name)
             holder = value.__self__ if inspect.ismethod(value) else value
