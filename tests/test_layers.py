@@ -541,8 +541,6 @@ def test_experts_under_autocast():
                                rtol=0.1, atol=1.0)  # fmt: skip
 
 
-# the warning is torch's own, from tracing autograd functions
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("device", "samples"), [
     ("cpu", 8),
     pytest.param("cuda", 256, marks=pytest.mark.skipif(not torch.cuda.is_available(),
@@ -572,6 +570,8 @@ def test_a_batch_of_experts_is_convolved_in_bfloat16_as_it_is_trained(device, sa
         assert (slope - other.cpu()).norm() < 0.02 * slope.norm()
 
 
+# the warning is torch's own, from tracing autograd functions
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_experts_compile_without_graph_breaks_and_keep_their_gradients():
     layer, x = expert_layer(padding=1, padding_value=1.0), inputs()
     torch._dynamo.reset()
