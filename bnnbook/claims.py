@@ -133,7 +133,7 @@ def check_recorded(
 
     Raises ValueError as `check` does, and for no variants. ``root`` as in `records.load`.
     """
-    sets = _recorded_sets(experiment, variants, shortened, root)
+    sets = recorded_sets(experiment, variants, shortened, root)
     if not sets:
         return check(id, statement, paper, scale="full", unit=unit, source=source)
     runs = [run for found in sets for run in found.values()]
@@ -145,8 +145,14 @@ def check_recorded(
     )  # fmt: skip
 
 
-def _recorded_sets(experiment, variants, shortened, root) -> list[dict[str, records.Record]]:
-    """Return for each seed one record of every variant, all of the longest common length."""
+def recorded_sets(
+    experiment: str, variants: Sequence[str], shortened: bool = False, root=None
+) -> list[dict[str, records.Record]]:
+    """Return for each seed a full-scale record of every variant, the longest that all have.
+
+    Arguments as in `check_recorded`; empty while a variant has none. Raises ValueError for no
+    variants.
+    """
     if not variants:
         raise ValueError(f"{experiment}: name at least one variant")
     found: dict[tuple[int, int, str], dict[str, records.Record]] = {}

@@ -446,6 +446,9 @@ def test_shortened_runs_count_only_where_they_are_let_in(tmp_path):
             save(tmp_path, "sgd", 0.10, epochs=epochs, seed=epochs, device="a CPU")
     assert check_recorded(tmp_path).verdict == claims.OPEN
     claim = check_recorded(tmp_path, shortened=True)  # the longest that both have: two epochs
+    (runs,) = claims.recorded_sets("toy.sweep", ["sgd", "adam"], shortened=True, root=tmp_path)
+    assert {name: run.recipe["epochs"] for name, run in runs.items()} == {"sgd": 2, "adam": 2}
+    assert claims.recorded_sets("toy.sweep", ["sgd", "adam"], root=tmp_path) == []
     assert claim.measured["values"] == pytest.approx([5.0])
     assert claim.measured["text"] == "5.00 points, 2 of 4 epochs (n = 1)"
     assert claim.hardware == "a CPU, a GPU"

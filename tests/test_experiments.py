@@ -104,7 +104,7 @@ def test_an_unknown_variant_or_scale_lists_the_known(name):
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    (("huge", 2, 0), "unknown scale 'huge'; known: small, full"),
+    (("huge", 2, 0), "unknown scale 'huge' of the chapters; known: small, full"),
     (("small", 0, 0), "seeds must be at least 1, not 0"),
     (("small", 1, 2), "epochs must be 0, for the recipes' own number, or at least 3, not 2"),
     (("small", 1, -1), "or at least 3, not -1"),

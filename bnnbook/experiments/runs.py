@@ -21,8 +21,7 @@ def check_settings(scale: str, seeds: int, epochs: int, least: int = 1) -> None:
 
     epochs: 0 for the recipes' own number, or else ``least`` or more, which its claims compare.
     """
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    check_name("scale", scale, SCALES, "the chapters")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
     if epochs and epochs < least:
