@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bnnbook import data, experiments, graphs, records, training
+from bnnbook import checkpoints, data, experiments, graphs, records, training
 from bnnbook.records import Record
 
 SEEDS = (0, 1, 2)
@@ -175,7 +175,7 @@ def so_far(checkpoint: Path) -> tuple[int, float]:
         # mmap: no weights are read, only the few numbers beside them
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return state["epoch"], sum(row["seconds"] for row in state.get("rows", ()))
-    except training.DAMAGE:
+    except checkpoints.DAMAGE:
         return 0, 0.0
 
 

@@ -3,48 +3,36 @@
 import contextlib
 import hashlib
 import inspect
-import io
 import os
-import pickle
 import re
 import signal
 import sys
 import threading
 import time
 import warnings
-import weakref
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import CellType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from bnnbook import graphs
+from bnnbook import checkpoints, graphs
 from bnnbook.data import Dataset, unit_range
 from bnnbook.layers import BinaryLayer
 
 CHECK_EVERY = 64  # steps between two looks at the losses on a CPU; elsewhere it is once an epoch
+FUNCTIONS = ("loss", "augment", "preprocess", "test_model")  # which train takes
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # beside the progress bar
 MOST_OFF = 0.01  # of the gradient's length, by which a replayed step may differ: it rounds alike
-CHECKPOINT_FORMAT = 1
 CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is told otherwise
-# What torch.load raises for a file that is cut short or none of its own.
-DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
-          ValueError)  # fmt: skip
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss became infinite or not a number; the message names epoch and step."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or belongs to another run; the message says which and what to do."""
 
 
 @dataclass
@@ -235,8 +223,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     are known by their names and the numbers they were made with, not by their code.
     progress: a bar; by default only on a terminal and on Colab.
 
-    Raises NonFiniteLossError, CheckpointError, graphs.GraphError, and ValueError for arguments
-    that make no sense.
+    Raises NonFiniteLossError, checkpoints.CheckpointError, graphs.GraphError, and ValueError for
+    arguments that make no sense.
     """
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
@@ -392,7 +380,7 @@ class _Run:
             probe.start(model)
         self.replay, self.lookers = None, [p for p in self.probes if hasattr(p, "looking")]
         if checkpoint:
-            _check_probes(self.probes)
+            checkpoints.check_probes(self.probes)
         self.settings = self.current_settings() if checkpoint else {}
 
     def record_graph(self) -> None:
@@ -513,12 +501,13 @@ class _Run:
     def identity(self) -> dict:
         """Return what must agree for a checkpoint to continue this run."""
         labels = self.labels.cpu().numpy().tobytes()
+        is_module = isinstance(self.loss, nn.Module)
         return {
             "data": f"{self.data.name} {self.data.sha256}",
             "training images": f"{len(self.labels)} {hashlib.sha256(labels).hexdigest()}",
             "network": repr(self.model),
-            "loss": repr(self.loss) if isinstance(self.loss, nn.Module) else _name(self.loss),
-            "augmentation": _name(self.augment),
+            "loss": repr(self.loss) if is_module else checkpoints.name_of(self.loss),
+            "augmentation": checkpoints.name_of(self.augment),
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -537,19 +526,9 @@ class _Run:
 
     def current_settings(self) -> dict[str, object]:
         """Return the numbers that functions, optimizers and schedulers are set to, by name."""
-        parameters = self.model.named_parameters()
-        frozen = [name for name, parameter in parameters if not parameter.requires_grad]
-        found: dict[str, object] = {"list of frozen parameters": frozen}
-        for name in ("loss", "augment", "preprocess", "test_model"):
-            value = getattr(self, name)
-            holder = value.__self__ if inspect.ismethod(value) else value
-            describe = _module_words if isinstance(holder, nn.Module) else _words
-            found[f"setting of {name}"] = _at_first(holder, describe)
-        for kind in ("optimizers", "schedulers"):
-            for number, part in enumerate(self.parts()[kind]):
-                for key, value in _at_first(part, _numbers).items():
-                    found[f"{key} of {type(part).__name__} ({number} of the {kind})"] = value
-        return found
+        functions = {name: getattr(self, name) for name in FUNCTIONS}
+        return checkpoints.settings(self.model, functions, optimizers=self.optimizers,
+                                    schedulers=self.schedulers)  # fmt: skip
 
     def parts(self) -> dict[str, list]:
         """Return everything with a state_dict, by name."""
@@ -562,26 +541,19 @@ class _Run:
         }
 
     def save(self) -> None:
-        """Write the checkpoint atomically: the old one stays until the new one is complete."""
+        """Write the checkpoint, if the run has one."""
         if not self.checkpoint:
             return
         parts = self.parts().items()
         state = {name: [part.state_dict() for part in members] for name, members in parts}
         state |= {
-            "format": CHECKPOINT_FORMAT, "identity": self.identity(), "settings": self.settings,
-            "epoch": self.epoch,
+            "identity": self.identity(), "settings": self.settings, "epoch": self.epoch,
             "step": self.step, "rows": self.rows, "losses": self.losses, "hits": self.hits,
             "seconds": time.monotonic() - self.started, "random": torch.get_rng_state(),
         }  # fmt: skip
         if self.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        part = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.part")
-        try:
-            torch.save(state, part)
-            part.replace(self.checkpoint)
-        finally:
-            part.unlink(missing_ok=True)
+        checkpoints.write(state, self.checkpoint)
         self.saved = time.monotonic()
 
     def save_if_possible(self) -> None:
@@ -598,11 +570,11 @@ class _Run:
         """Continue from the checkpoint if there is one."""
         if not self.checkpoint or not self.checkpoint.exists():
             return
-        state = _read_checkpoint(self.checkpoint)
-        for name, value in self.identity().items():
-            self.compare(name, value, state["identity"].get(name))
-        for name, value in state.get("settings", {}).items():
-            self.compare(name, self.settings.get(name, value), value)  # another torch has others
+        state = checkpoints.read(self.checkpoint)
+        checkpoints.compare(self.checkpoint, self.identity(), state["identity"])
+        there = state.get("settings", {})
+        here = {name: self.settings.get(name, value) for name, value in there.items()}
+        checkpoints.compare(self.checkpoint, here, there)  # another torch may have more settings
         for name, parts in self.parts().items():
             for part, saved in zip(parts, state[name], strict=True):
                 part.load_state_dict(saved)
@@ -613,130 +585,6 @@ class _Run:
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
-
-    def compare(self, name: str, here, there) -> None:
-        """Raise if this run's value of a setting is not the checkpoint's."""
-        if here != there:
-            raise CheckpointError(
-                f"{self.checkpoint} belongs to another run: its {name} is {there}, here it is "
-                f"{here}; remove it to start anew, or name another file"
-            )
-
-
-def _read_checkpoint(path: Path) -> dict:
-    content = io.BytesIO(path.read_bytes())  # a file that cannot be opened is not a damaged one
-    try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
-        number = state["format"]
-    except DAMAGE as error:
-        if zipfile.is_zipfile(path):  # as torch writes: whole, and something else
-            raise CheckpointError(
-                f"{path} is a file of another kind ({type(error).__name__}), and was left as it "
-                "is; name another file for the checkpoint"
-            ) from error
-        aside = path.with_name(path.name + ".corrupt")
-        path.replace(aside)
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint ({type(error).__name__}); it was moved to "
-            f"{aside.name}. Run again to start from the beginning"
-        ) from error
-    if number != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {number}, this version reads {CHECKPOINT_FORMAT}: use "
-            "the version of bnnbook that wrote it, or remove it to start anew"
-        )
-    return state
-
-
-def _name(function: Callable | None) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _is_plain(value) -> bool:
-    """Whether a value is a number, a word, or a collection of such: the same in every process."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, (*value, *value.values())))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _words(value, depth: int = 4) -> str:
-    """Return what a function is called and which plain values and tensors it was made with.
-
-    None is left out, which may stand for what the function has yet to find.
-    """
-    if isinstance(value, Tensor):
-        return _gist(value)
-    if _is_plain(value) or isinstance(value, nn.Module):  # of a network, statistics move on
-        return repr(value)
-    told = [v for v in _inside(value) if v is not None and _is_told(v)]
-    return f"{_name(value)}({', '.join(_words(v, depth - 1) for v in told if depth)})"
-
-
-def _module_words(module: nn.Module) -> str:
-    """Return what a module, such as a loss, was made with: attributes and buffers, too."""
-    parts = (value for part in module.modules() for value in _attributes(part))
-    shown = [repr(value) for value in parts if _is_plain(value)]
-    return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
-
-
-def _is_told(value) -> bool:
-    return callable(value) or _is_plain(value) or isinstance(value, Tensor)
-
-
-def _inside(value) -> Iterable:
-    """Return what a function or an object was made with."""
-    if isinstance(value, (tuple, list)):
-        return value
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords, *value.keywords.values()]
-    cells = getattr(value, "__closure__", None) or ()
-    closed = [cell.cell_contents for cell in cells if cell != CellType()]
-    return [*closed, *_attributes(value)]
-
-
-def _attributes(value) -> list:
-    """Return an object's attributes, each after its name; not those of a class, nor private ones.
-
-    A module's mode is left out, which changes.
-    """
-    own = {} if isinstance(value, type) else getattr(value, "__dict__", {})
-    shown = {k: v for k, v in own.items() if not k.startswith("_") and k != "training"}
-    return [part for pair in shown.items() for part in pair]
-
-
-def _gist(tensor: Tensor) -> str:
-    """Return a tensor in short: its shape, and its length with each entry weighed by its place.
-
-    Rounded, for another machine may have computed it with other last digits.
-    """
-    values = tensor.detach().double().flatten()
-    places = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
-    return f"tensor {tuple(tensor.shape)} {(places * values).norm().item():.4g}"
-
-
-def _numbers(part) -> dict[str, object]:
-    """Return the plain numbers in the state of an optimizer or a scheduler, by name."""
-    state = part.state_dict()
-    groups = state.get("param_groups", [state])
-    return {f"{key}, group {number}" if len(groups) > 1 else key:
-                dict(value) if isinstance(value, Mapping) else value
-            for number, group in enumerate(groups) for key, value in group.items()
-            if key != "params" and _is_plain(value)}  # fmt: skip
-
-
-_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _at_first(thing, describe: Callable):
-    """Return describe(thing) as it was when a run first had it: rates and counters move on."""
-    try:
-        if thing not in _seen:
-            _seen[thing] = describe(thing)
-        return _seen[thing]
-    except TypeError:  # of a kind that cannot be remembered without being kept alive
-        return describe(thing)
 
 
 def _check_binary(model: nn.Module) -> None:
@@ -784,24 +632,6 @@ def _check_steps(parts: Iterable) -> None:
                     f"{type(part).__name__}.step needs its {each.name}, which train does not give "
                     "it: take another, or a loop of your own"
                 )
-
-
-def _check_probes(probes: Iterable) -> None:
-    """Raise before the first step, not at the first checkpoint, for a probe that has no state."""
-    for probe in probes:
-        lacking = [m for m in ("state_dict", "load_state_dict") if not hasattr(probe, m)]
-        if lacking:
-            raise ValueError(f"with a checkpoint {type(probe).__name__} needs a {lacking[0]}")
-        file = io.BytesIO()
-        try:
-            torch.save(probe.state_dict(), file)
-            file.seek(0)
-            torch.load(file, weights_only=True)
-        except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{type(probe).__name__}.state_dict() holds more than tensors, numbers, words and "
-                f"collections of them, which a checkpoint cannot ({error})"
-            ) from error
 
 
 def _check_not_latent(optimizers, model: nn.Module) -> None:

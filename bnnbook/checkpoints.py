@@ -1,0 +1,218 @@
+"""A training run in a file: written whole, read without running code, refused by another run."""
+
+import inspect
+import io
+import os
+import pickle
+import weakref
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from types import CellType
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+# What torch.load raises for a file that is cut short or none of its own.
+DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
+          ValueError)  # fmt: skip
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or belongs to another run; the message says which and what to do."""
+
+
+# --- The file ----------------------------------------------------------------------------------
+
+
+def write(state: dict, path: Path) -> None:
+    """Write a checkpoint atomically: the old one stays until the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save({"format": FORMAT, **state}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict:
+    """Return what a checkpoint holds.
+
+    Raises CheckpointError for a damaged file, which is moved aside, and for one of another kind or
+    of another format, which stays where it is.
+    """
+    content = io.BytesIO(path.read_bytes())  # a file that cannot be opened is not a damaged one
+    try:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        number = state["format"]
+    except DAMAGE as error:
+        if zipfile.is_zipfile(path):  # as torch writes: whole, and something else
+            raise CheckpointError(
+                f"{path} is a file of another kind ({type(error).__name__}), and was left as it "
+                "is; name another file for the checkpoint"
+            ) from error
+        aside = path.with_name(path.name + ".corrupt")
+        path.replace(aside)
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}); it was moved to "
+            f"{aside.name}. Run again to start from the beginning"
+        ) from error
+    if number != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {number}, this version reads {FORMAT}: use "
+            "the version of bnnbook that wrote it, or remove it to start anew"
+        )
+    return state
+
+
+def compare(path: Path, here: Mapping, there: Mapping) -> None:
+    """Raise CheckpointError if a value of this run is not that of the checkpoint."""
+    for name, value in here.items():
+        if value != there.get(name):
+            raise CheckpointError(
+                f"{path} belongs to another run: its {name} is {there.get(name)}, here it is "
+                f"{value}; remove it to start anew, or name another file"
+            )
+
+
+def check_probes(probes: Iterable) -> None:
+    """Raise ValueError for a probe whose state no checkpoint can hold.
+
+    That is before the first step, not at the first checkpoint.
+    """
+    for probe in probes:
+        lacking = [m for m in ("state_dict", "load_state_dict") if not hasattr(probe, m)]
+        if lacking:
+            raise ValueError(f"with a checkpoint {type(probe).__name__} needs a {lacking[0]}")
+        file = io.BytesIO()
+        try:
+            torch.save(probe.state_dict(), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{type(probe).__name__}.state_dict() holds more than tensors, numbers, words and "
+                f"collections of them, which a checkpoint cannot ({error})"
+            ) from error
+
+
+# --- What a run is set to ----------------------------------------------------------------------
+
+
+def settings(model: nn.Module, functions: Mapping[str, Callable | None],
+             **stepped: Iterable) -> dict[str, object]:  # fmt: skip
+    """Return what a run is set to, in plain words and numbers, by name.
+
+    Two runs with the same settings compute the same, as far as that can be told from outside: a
+    function is known by its name and by the values that it was made with, not by its code.
+
+    functions: by the names they have as arguments, such as ``loss``.
+    stepped: the lists of optimizers and of schedulers.
+    """
+    parameters = model.named_parameters()
+    frozen = [name for name, parameter in parameters if not parameter.requires_grad]
+    found: dict[str, object] = {"list of frozen parameters": frozen}
+    for name, function in functions.items():
+        holder = function.__self__ if inspect.ismethod(function) else function
+        describe = _module_in_words if isinstance(holder, nn.Module) else _in_words
+        found[f"setting of {name}"] = _at_first(holder, describe)
+    for kind, parts in stepped.items():
+        for number, part in enumerate(parts):
+            for key, value in _at_first(part, _numbers).items():
+                found[f"{key} of {type(part).__name__} ({number} of the {kind})"] = value
+    return found
+
+
+def name_of(function: Callable | None) -> str:
+    """Return the name of a function, or of an object's class."""
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _in_words(value, depth: int = 4) -> str:
+    """Return what a function is called and which plain values and tensors it was made with.
+
+    None is left out, which may stand for what the function has yet to find.
+    """
+    if isinstance(value, Tensor):
+        return _gist(value)
+    if _is_plain(value) or isinstance(value, nn.Module):  # of a network, statistics move on
+        return repr(value)
+    told = [v for v in _inside(value) if v is not None and _is_told(v)]
+    return f"{name_of(value)}({', '.join(_in_words(v, depth - 1) for v in told if depth)})"
+
+
+def _module_in_words(module: nn.Module) -> str:
+    """Return what a module, such as a loss, was made with: attributes and buffers, too."""
+    parts = (value for part in module.modules() for value in _attributes(part))
+    shown = [repr(value) for value in parts if _is_plain(value)]
+    return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
+
+
+def _is_plain(value) -> bool:
+    """Whether a value is a number, a word, or a collection of such: the same in every process."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_told(value) -> bool:
+    return callable(value) or _is_plain(value) or isinstance(value, Tensor)
+
+
+def _inside(value) -> Iterable:
+    """Return what a function or an object was made with."""
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords, *value.keywords.values()]
+    cells = getattr(value, "__closure__", None) or ()
+    closed = [cell.cell_contents for cell in cells if cell != CellType()]
+    return [*closed, *_attributes(value)]
+
+
+def _attributes(value) -> list:
+    """Return an object's attributes, each after its name; not those of a class, nor private ones.
+
+    A module's mode is left out, which changes.
+    """
+    own = {} if isinstance(value, type) else getattr(value, "__dict__", {})
+    shown = {k: v for k, v in own.items() if not k.startswith("_") and k != "training"}
+    return [part for pair in shown.items() for part in pair]
+
+
+def _gist(tensor: Tensor) -> str:
+    """Return a tensor in short: its shape, and its length with each entry weighed by its place.
+
+    Rounded, for another machine may have computed it with other last digits.
+    """
+    values = tensor.detach().double().flatten()
+    places = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
+    return f"tensor {tuple(tensor.shape)} {(places * values).norm().item():.4g}"
+
+
+def _numbers(part) -> dict[str, object]:
+    """Return the plain numbers in the state of an optimizer or a scheduler, by name."""
+    state = part.state_dict()
+    groups = state.get("param_groups", [state])
+    return {f"{key}, group {number}" if len(groups) > 1 else key:
+                dict(value) if isinstance(value, Mapping) else value
+            for number, group in enumerate(groups) for key, value in group.items()
+            if key != "params" and _is_plain(value)}  # fmt: skip
+
+
+_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _at_first(thing, describe: Callable):
+    """Return describe(thing) as it was when a run first had it: rates and counters move on."""
+    try:
+        if thing not in _seen:
+            _seen[thing] = describe(thing)
+        return _seen[thing]
+    except TypeError:  # of a kind that cannot be remembered without being kept alive
+        return describe(thing)

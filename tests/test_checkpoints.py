@@ -1,0 +1,282 @@
+"""A run in a file: whole or named as damaged, and continued by no other run."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from toy import StopAfter, dataset, flip_setting, run, setting, without_time
+
+from bnnbook import data, optim, training
+from bnnbook.checkpoints import CheckpointError
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
+    path = tmp_path / "run.pt"
+    run(1, checkpoint=path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-400])
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"not a checkpoint")
+    kept = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"run\.pt.*moved to run\.pt\.corrupt"):
+        run(2, checkpoint=path)
+    assert not path.exists()
+    assert (tmp_path / "run.pt.corrupt").read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weight": torch.ones(3)}, np.ones(3)])
+def test_a_file_of_ones_own_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    kept = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"of another kind .* name another file"):
+        run(1, checkpoint=path)
+    assert path.read_bytes() == kept
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "run.pt"
+    run(1, checkpoint=path)
+    torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        run(1, checkpoint=path)
+    assert path.exists()
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, ("echo pwned",)
+
+    torch.save({"format": 1, "model": Payload()}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match="of another kind"):
+        run(1, checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"seed": 1}, "seed"),
+    ({"epochs": 2}, "epochs"),
+    ({"augment": None}, "augmentation"),
+    ({"data": dataset(split=3)}, "training images"),
+    ({"setting_": setting("deterministic")}, "network"),
+    ({"setting_": setting(dropout=0.5)}, "network"),
+    ({"batch_size": 25}, "batch_size"),
+    ({"data": dataset(seed=4)}, "data"),
+    ({"probes": []}, "probes"),
+    ({"setting_": setting(lr=0.5)}, "initial rates"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
+    run(1, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match=f"another run: its {name}"):
+        run(**{"epochs": 1, "checkpoint": tmp_path / "run.pt"} | change)
+    assert (tmp_path / "run.pt").exists()
+
+
+FLIPS = {
+    "gamma": 0.1,
+    "cycle": 4,
+    "drop": 2,
+    "momentum": 0.9,
+    "scale": data.unit_range,
+    "padding": 1,
+    "smooth": 0.1,
+}
+
+
+def flip_run(path, made=None, probes=(), **changes):
+    """Train three epochs with schedules of alpha and gamma; ``made`` are objects to go on with."""
+    chosen = FLIPS | changes
+    model, optimizers, schedulers = made or flip_setting(
+        *(chosen[name] for name in ("gamma", "cycle", "drop", "momentum"))
+    )
+    return training.train(
+        model, dataset(), optimizers, epochs=3, batch_size=10, schedulers=schedulers,
+        augment=data.crop_flip(chosen["padding"]), preprocess=chosen["scale"], device="cpu",
+        loss=partial(cross_entropy, label_smoothing=chosen["smooth"]), checkpoint=path,
+        probes=probes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"gamma": 0.5}, "gamma of CascadedEMA"),
+    ({"cycle": 2}, "T_0 of CosineAnnealingWarmRestarts"),
+    ({"drop": 1}, "milestones of MultiStepLR"),
+    ({"momentum": 0.8}, r"momentum of SGD \(1 of the optimizers\)"),
+    ({"scale": data.signed_range}, "setting of preprocess"),
+    ({"padding": 2}, "setting of augment"),
+    ({"smooth": 0.2}, "setting of loss"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change, name):
+    flip_run(tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match=f"another run: its {name}"):
+        flip_run(tmp_path / "run.pt", **change)
+
+
+class Weighted:
+    """A loss that is an object."""
+
+    def __init__(self, power):
+        self.power, self.calls = power, 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        return cross_entropy(outputs, targets) ** self.power
+
+    def method(self, outputs, targets):
+        return self(outputs, targets)
+
+
+def closing_over(weight):
+    return lambda outputs, targets: cross_entropy(outputs, targets, weight=weight)
+
+
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
+
+
+def loss_run(path, loss, frozen=()):
+    model, optimizers, _ = flip_setting()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu",
+                          loss=loss, checkpoint=path)  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "one", "other"), [
+    (lambda p: nn.CrossEntropyLoss(label_smoothing=p), 0.0, 0.5),
+    (lambda w: nn.CrossEntropyLoss(weight=w), WEIGHTS, WEIGHTS.flip(0)),
+    (lambda w: partial(cross_entropy, weight=w), WEIGHTS, WEIGHTS.flip(0)),
+    (closing_over, WEIGHTS, 2 * WEIGHTS),
+    (Weighted, 1, 2),
+    (lambda p: Weighted(p).method, 1, 2),
+])  # fmt: skip
+def test_a_checkpoint_of_another_loss_is_refused_and_of_the_same_continued(
+    tmp_path, make, one, other
+):
+    loss, path = make(one), tmp_path / "run.pt"
+    whole = without_time(loss_run(path, loss))
+    assert without_time(loss_run(path, loss)) == whole  # whatever it has counted meanwhile
+    assert without_time(loss_run(path, make(one))) == whole
+    with pytest.raises(CheckpointError, match="another run: its setting of loss"):
+        loss_run(path, make(other))
+
+
+def test_a_network_that_a_function_knows_may_have_moved_on(tmp_path):
+    """As where a notebook's cell is run again, after an interruption, on the same network."""
+    model, optimizers, _ = flip_setting()
+
+    def once():
+        average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+        return training.train(
+            model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu",
+            loss=lambda outputs, targets: cross_entropy(outputs, targets) * bool(average),
+            checkpoint=tmp_path / "run.pt",
+        )  # fmt: skip
+
+    assert without_time(once()) == without_time(once())
+
+
+def test_a_checkpoint_of_frozen_layers_is_not_continued_with_others(tmp_path):
+    loss_run(tmp_path / "run.pt", cross_entropy, ["2.bias"])
+    with pytest.raises(CheckpointError, match=r"its list of frozen parameters is \['2.bias'\]"):
+        loss_run(tmp_path / "run.pt", cross_entropy)
+
+
+def test_moved_schedules_are_the_same_run(tmp_path):
+    path, made, whole = tmp_path / "run.pt", flip_setting(), flip_run(None)
+    with pytest.raises(KeyboardInterrupt):
+        flip_run(path, made, [StopAfter(7)])
+    for objects in (made, made, flip_setting()):  # the interrupted, the complete, and new ones
+        assert without_time(flip_run(path, objects, [StopAfter(0)])) == without_time(whole)
+
+
+def test_after_an_error_the_same_objects_go_on_from_the_checkpoint(tmp_path, monkeypatch):
+    def fail_after_epoch(run):
+        if run.epoch == 1 and run.step == 0:
+            raise OSError("no space")
+
+    path, made, whole = tmp_path / "run.pt", flip_setting(), flip_run(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "check_losses", training._Run.save)  # before schedules move
+        patch.setattr(training._Run, "save_when_due", fail_after_epoch)
+        with pytest.raises(OSError, match="no space"):
+            flip_run(path, made)
+    assert path.exists()
+    assert without_time(flip_run(path, made)) == without_time(whole)
+
+
+def test_what_a_function_finds_out_is_no_other_setting(tmp_path):
+    found, calls = None, 0
+
+    def loss(outputs, targets):
+        nonlocal found, calls
+        found, calls = outputs.detach(), calls + 1
+        return cross_entropy(outputs, targets)
+
+    def once():
+        model = flip_setting()[0]
+        optimizer = optim.CascadedEMA([model[1].weight], 0.01, 0.1)
+        return training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
+                              loss=loss, checkpoint=tmp_path / "run.pt")  # fmt: skip
+
+    assert without_time(once()) == without_time(once())
+    assert calls == 5
+
+
+def test_a_checkpoint_from_before_settings_were_kept_continues(tmp_path):
+    path = tmp_path / "run.pt"
+    flip_run(path)
+    state = torch.load(path, weights_only=True)
+    del state["settings"]
+    torch.save(state, path)
+    assert len(flip_run(path).rows) == 3
+
+
+def test_a_full_disk_costs_only_the_checkpoint(tmp_path, monkeypatch):
+    def full(state, file):
+        if isinstance(file, Path):
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    path, save = tmp_path / "run.pt", torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="not written: .*No space left"):
+        history = run(2, checkpoint=path, checkpoint_minutes=0)[1]
+    assert without_time(history) == without_time(run(2)[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+class Counting(StopAfter):
+    """A probe whose state is what it is given."""
+
+    def __init__(self, state):
+        super().__init__(0)
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize("state", [{"seen": np.ones(3)}, {"how": lambda: 1}])
+def test_a_probe_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path, state):
+    model, *rest = setting()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"Counting\.state_dict\(\) holds more than"):
+        run(1, (model, *rest), probes=[Counting(state)], checkpoint=tmp_path / "run.pt")
+    assert all(map(torch.equal, before, model.parameters()))
+    assert len(run(1, probes=[Counting(state)])[1].rows) == 1  # without one it has no need to
+
+
+def test_a_probe_without_a_state_is_refused_with_a_checkpoint_only(tmp_path):
+    class Bare:
+        start = step = lambda *_: None
+        epoch = dict
+
+    with pytest.raises(ValueError, match="Bare needs a state_dict"):
+        run(1, probes=[Bare()], checkpoint=tmp_path / "run.pt")
