@@ -229,7 +229,7 @@ def _check_folder(option: str, folder: Path) -> None:
     from bnnbook import recording
 
     try:
-        recording._check_folders(folder)
+        recording.check_folders(folder)
     except OSError as error:  # the system's own words name neither the option nor a way out
         words = f"{folder} cannot be used ({error.strerror}); name another folder"
         raise ValueError(f"{option}: {words if error.strerror else error}") from error

@@ -287,7 +287,7 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
         raise ValueError(f"at least one run at a time, not {at_once}")
     if not seconds > 0:  # nan is not
         raise ValueError(f"the time must be positive, not {seconds / 60:g} minutes")
-    _check_folders(runs, records.results_folder(results))
+    check_folders(runs, records.results_folder(results))
     if any(job.scale == "full" for job in jobs):
         _warn_without_commit(say)
     crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say, measured)
@@ -306,7 +306,7 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
     return crew.outcome
 
 
-def _check_folders(*folders: Path) -> None:
+def check_folders(*folders: Path) -> None:
     """Raise an OSError now, not after hours, for a folder that cannot be written."""
     for folder in folders:
         if folder.exists():

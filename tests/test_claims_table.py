@@ -1,4 +1,4 @@
-"""Tables of claims in README.md and book/what-holds.md, on a fabricated book."""
+"""Tables of claims in README.md, book/what-holds.md and book/intro.md, on a fabricated book."""
 
 import nbformat
 import pytest
@@ -22,7 +22,7 @@ def book(tmp_path):
     (tmp_path / "_toc.yml").write_text(toc, encoding="utf-8")
     write(tmp_path, "a", [claim("a.one")])
     write(tmp_path, "b", [claim("b.one"), claim("b.two", claims.NOT_REPRODUCED)])
-    for page in ("README.md", "book/what-holds.md"):
+    for page in ("README.md", "book/what-holds.md", "book/intro.md"):
         (tmp_path / page).write_text(PAGE, encoding="utf-8")
     return tmp_path
 
@@ -37,10 +37,10 @@ def run(book, *arguments: str) -> int:
     return claims_table.main(["--root", str(book), *arguments])
 
 
-def rows(path) -> list[str]:
+def rows(path, heads=False) -> list[str]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
-    heads = {number for number, line in enumerate(lines) if line.startswith("| ---")}
-    return [line for n, line in enumerate(lines) if not {n, n + 1} & heads]
+    rules = {number for number, line in enumerate(lines) if line.startswith("| ---")}
+    return [line for n, line in enumerate(lines) if not {n, n + 1 - heads} & rules]
 
 
 def test_claims_are_collected_in_the_order_of_the_book(book):
@@ -74,7 +74,20 @@ def test_the_page_has_a_table_a_chapter_and_counts_its_claims(book):
     ]  # fmt: skip
 
 
-def test_the_front_page_shows_the_headlines_and_counts_all(book):
+def test_the_first_page_counts_the_verdicts_of_each_chapter(book):
+    assert run(book) == 0
+    head, *rest = rows(book / "book" / "intro.md", heads=True)
+    assert [field.partition(">")[2].partition("<")[0] for field in head.split(" | ")[1:]] == [
+        *claims.BADGE,
+    ]  # fmt: skip
+    assert rest == [
+        "| [Chapter B](../notebooks/b.ipynb) | 1 | 1 | 0 |",
+        "| [Chapter A](../notebooks/a.ipynb) | 1 | 0 | 0 |",
+        "| **All** | 2 | 1 | 0 |",
+    ]
+
+
+def test_the_readme_shows_the_headlines_and_counts_all(book):
     (book / "pyproject.toml").write_text(
         f'{PYPROJECT}\n[tool.bnnbook]\nheadlines = ["a.one", "b.two"]\n', encoding="utf-8"
     )

@@ -13,6 +13,7 @@ import pytest
 from browser import Browser, Page, find_chromium
 from sphinx.util.inventory import InventoryFile
 
+from bnnbook import claims
 from tools import api, check_site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +264,21 @@ def test_formulas_are_typeset(browser, html):
     page = browser.open((html / "book" / "notation.html").as_uri())
     assert mistakes(page) == []
     assert page.evaluate("document.querySelectorAll('mjx-container').length") > 10
+    page.close()
+
+
+def test_the_claims_of_a_verdict_can_be_hidden(browser, html):
+    """By boxes above the tables, and all are shown at first."""
+    page = browser.open((html / "book" / "what-holds.html").as_uri())
+    shown = ("[...document.querySelectorAll('td .verdict')].filter(e => e.checkVisibility())"
+             ".map(e => e.textContent)")  # fmt: skip
+    before = page.evaluate(shown)
+    assert set(before) == set(claims.BADGE)
+    for verdict, name in claims.BADGE.items():
+        page.evaluate(f"document.querySelector('input[name={name}]').click()")
+        assert page.evaluate(shown) == [each for each in before if each != verdict]
+        page.evaluate(f"document.querySelector('input[name={name}]').click()")
+    assert page.evaluate(shown) == before
     page.close()
 
 

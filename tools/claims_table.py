@@ -1,7 +1,8 @@
 """The claims of all executed chapters as tables: `python -m tools.claims_table [--check]`.
 
 README.md gets the headlines that pyproject.toml names under [tool.bnnbook] (all claims where it
-names none), book/what-holds.md all claims, each between two markers.
+names none), book/what-holds.md all claims, book/intro.md how many there are of each verdict, each
+between two markers.
 """
 
 import argparse
@@ -80,9 +81,29 @@ def headlines(chapters: list[ChapterClaims], ids: list[str]) -> list[ChapterClai
 
 def tally(chapters: list[ChapterClaims]) -> str:
     """How many claims there are, and how many with each verdict, as a sentence."""
+    counts = _counts(chapters)
+    parts = [f"{n} {verdict}" for n, verdict in zip(counts, claims.BADGE, strict=True) if n]
+    return f"{sum(counts)} claim{'s' * (sum(counts) != 1)}: {'; '.join(parts)}."
+
+
+def scorecard(chapters: list[ChapterClaims]) -> str:
+    """How many claims of each verdict a chapter has, and all of them together."""
+    rows = [
+        [f"[{chapter.title}](../notebooks/{chapter.path.name})", *_counts([chapter])]
+        for chapter in chapters
+        if chapter.claims
+    ]
+    header = ["Chapter", *map(_badge, claims.BADGE)]
+    return _table(header, [*rows, ["**All**", *_counts(chapters)]])
+
+
+def _counts(chapters: list[ChapterClaims]) -> list[int]:
     found = Counter(claim["verdict"] for chapter in chapters for claim in chapter.claims)
-    parts = [f"{found[verdict]} {verdict}" for verdict in claims.BADGE if found[verdict]]
-    return f"{found.total()} claim{'s' * (found.total() != 1)}: {'; '.join(parts)}."
+    return [found[verdict] for verdict in claims.BADGE]
+
+
+def _badge(verdict: str) -> str:
+    return f'<span class="verdict {claims.BADGE[verdict]}">{verdict}</span>'
 
 
 def short_table(chapters: list[ChapterClaims], site: str) -> str:
@@ -120,10 +141,9 @@ def chapter_tables(chapters: list[ChapterClaims]) -> str:
 
 def _row(claim: dict[str, Any]) -> list[str]:
     source = f" ({claim['source']})" if claim["source"] else ""
-    badge = claims.BADGE[claim["verdict"]]
     return [
         claim["statement"] + source,
-        f'<span class="verdict {badge}">{claim["verdict"]}</span>',
+        _badge(claim["verdict"]),
         claim["paper"],
         claim["measured"]["text"],
         ", ".join(filter(None, (claim["scale"], claim["hardware"]))),
@@ -163,6 +183,7 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
     texts = {
         root / "README.md": f"{tally(chapters)}\n\n{short_table(shown, site)}",
         root / "book" / "what-holds.md": chapter_tables(chapters),
+        root / "book" / "intro.md": scorecard(chapters),
     }
     texts = {path: inserted(path, table) for path, table in texts.items()}
     return {path: new for path, new in texts.items() if new != path.read_text(encoding="utf-8")}
