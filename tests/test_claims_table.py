@@ -53,7 +53,7 @@ def test_both_tables_are_written_between_their_markers(book):
     assert run(book) == 0
     readme, page = book / "README.md", book / "book" / "what-holds.md"
     chapter = "[Chapter B](https://example.org/book/notebooks/b.html)"
-    assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | cpu | not reproduced |"
+    assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | small, cpu | not reproduced |"
     badge = '<span class="verdict reproduced">reproduced</span>'
     assert rows(page)[2] == f"| a.one holds | {badge} | p | x | small, cpu |"
     for path in (readme, page):

@@ -20,6 +20,7 @@ from bnnbook import claims
 from tools.chapters import ROOT, BookError, write_atomically
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+WHERE = "Scale, hardware"  # the heading of what `_where` returns
 
 
 @dataclass(frozen=True)
@@ -107,25 +108,25 @@ def _badge(verdict: str) -> str:
 
 
 def short_table(chapters: list[ChapterClaims], site: str) -> str:
-    """Chapter, claim, the paper's number, ours, hardware, verdict; links to published pages."""
+    """Chapter, claim, the paper's number, ours, where, verdict; links to published pages."""
     rows = [
         [
             f"[{chapter.title}]({site}notebooks/{chapter.path.stem}.html)",
             claim["statement"],
             claim["paper"],
             claim["measured"]["text"],
-            claim["hardware"],
+            _where(claim),
             claim["verdict"],
         ]
         for chapter in chapters
         for claim in chapter.claims
     ]
-    return _table(["Chapter", "Claim", "Paper", "Ours", "Hardware", "Verdict"], rows)
+    return _table(["Chapter", "Claim", "Paper", "Ours", WHERE, "Verdict"], rows)
 
 
 def chapter_tables(chapters: list[ChapterClaims]) -> str:
     """All claims: the count, then for each chapter a heading, its count and its table."""
-    header = ["Claim", "Verdict", "Paper", "Ours", "Scale, hardware"]
+    header = ["Claim", "Verdict", "Paper", "Ours", WHERE]
     parts = [tally(chapters)]
     for chapter in chapters:
         if chapter.claims:
@@ -146,8 +147,12 @@ def _row(claim: dict[str, Any]) -> list[str]:
         _badge(claim["verdict"]),
         claim["paper"],
         claim["measured"]["text"],
-        ", ".join(filter(None, (claim["scale"], claim["hardware"]))),
+        _where(claim),
     ]
+
+
+def _where(claim: dict[str, Any]) -> str:
+    return ", ".join(filter(None, (claim["scale"], claim["hardware"])))
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
