@@ -1,8 +1,8 @@
-"""Quantizers: real numbers in, a few exact values out, and what passes for their gradient.
+"""Quantizers: real numbers in, a few exact values out, with a surrogate for their gradient.
 
 Every function keeps shape, dtype and device, and takes float16, bfloat16, float32 or float64.
-The binary ones return exactly -1 or +1, also for NaN, whose sign means nothing; `sign` and what is
-made of it raise TypeError for integers, which have no gradient.
+The binary ones return exactly -1 or +1, even for NaN, whose sign means nothing. `sign` and the
+quantizers built on it raise TypeError for integers, which have no gradient.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _is_exported() -> bool:
-    """Tell whether torch.export, torch.jit.trace or an ONNX exporter takes down what runs."""
+    """Return whether torch.export, torch.jit.trace or an ONNX exporter is recording this call."""
     # torch.compiler.is_exporting is newer than torch 2.6, and true in torch.compile, too
     exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     return exported or torch.jit.is_tracing()
@@ -40,14 +40,14 @@ def sign(x: Tensor) -> Tensor:
 
 
 def _just_above(limit: float, dtype: torch.dtype) -> float:
-    """Return the number of the dtype that follows on limit."""
+    """Return the next larger number that the dtype can represent."""
     step = math.ldexp(torch.finfo(dtype).eps, math.frexp(limit)[1] - 1)
     return (round(limit / step) + 1) * step
 
 
 def _apply(function: type[torch.autograd.Function], *arguments) -> Tensor:
-    """Apply an autograd function; torch.jit.trace gets its forward alone, and no gradient."""
-    # a trace that calls Python, as the function's backward pass would, cannot be saved
+    """Apply an autograd function; torch.jit.trace gets only its forward, without a gradient."""
+    # a trace that calls back into Python, as the backward pass would, cannot be saved
     return (function.forward if torch.jit.is_tracing() else function.apply)(*arguments)
 
 
@@ -77,14 +77,16 @@ class _STESign(torch.autograd.Function):
 
 
 def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
-    r"""Binarise by sign; on the way back, behave like the identity (straight-through estimator).
+    r"""Binarise by sign, with the gradient of the identity (straight-through estimator).
 
     Forward :math:`q(x) = \operatorname{sign}(x)`. Backward :math:`\partial q/\partial x = 1` where
-    :math:`|x| \le` ``clip_value``, else 0; with ``clip_value=None`` it is 1 everywhere. Other
-    values than a positive number or None raise ValueError.
+    :math:`|x| \le` ``clip_value``, else 0; with ``clip_value=None`` it is 1 everywhere. Raises
+    ValueError unless ``clip_value`` is a positive number or None.
 
-    BinaryConnect uses the plain identity (``None``) on its weights and keeps them in [-1, 1] by
-    clipping; there the mask would change nothing. The mask matters for activations.
+    BinaryConnect uses the plain identity (``None``) for its weights, which it clips to [-1, 1]:
+    there the mask would change nothing. The mask matters for activations.
+
+    Source: Bengio et al., 2013, for the estimator; Courbariaux et al., 2016, for the mask.
 
     >>> x = torch.tensor([-2.0, 0.0, 1.0], requires_grad=True)
     >>> ste_sign(x).sum().backward(); x.grad
@@ -115,12 +117,12 @@ class _ApproxSign(torch.autograd.Function):
 
 
 def approx_sign(x: Tensor) -> Tensor:
-    r"""Binarise by sign; on the way back, behave like a piecewise quadratic (Bi-Real Net).
+    r"""Binarise by sign, with the gradient of a piecewise quadratic (Bi-Real Net).
 
     Forward :math:`q(x) = \operatorname{sign}(x)`. Backward
     :math:`\partial q/\partial x = 2 - 2|x|` where :math:`|x| \le 1`, else 0: the derivative of
-    :math:`2x - x|x|`, which runs from -1 to +1 over [-1, 1]. Its area is 2, as that of `ste_sign`;
-    its weight lies closer to zero (second moment 1/3, not 2/3).
+    :math:`2x - x|x|`, which runs from -1 to +1 over [-1, 1]. The area under this slope is 2, as
+    for `ste_sign`, but more of it lies close to zero (second moment 1/3 instead of 2/3).
 
     Source: Liu et al., ECCV 2018, and their released code.
 
@@ -148,7 +150,7 @@ class _SwishSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
-        # with s = sigmoid(-b|x|) nothing overflows, as cosh does; beyond 100 the slope is 0
+        # written with s = sigmoid(-b|x|) because cosh overflows; beyond 100 the slope is 0
         z = (x.abs() * -ctx.beta).clamp(min=-100)
         s = z.sigmoid()
         slope = s * (1 - s) * (2 + z * (1 - 2 * s))
@@ -156,7 +158,7 @@ class _SwishSign(torch.autograd.Function):
 
 
 def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
-    r"""Binarise by sign; on the way back, behave like the sign-swish.
+    r"""Binarise by sign, with the gradient of the sign-swish function.
 
     Forward :math:`q(x) = \operatorname{sign}(x)`. Backward, with :math:`\beta` = ``beta``,
 
@@ -166,11 +168,11 @@ def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
         \frac{\beta\,[2 - \beta x \tanh(\beta x / 2)]}{1 + \cosh \beta x}
         = 2 \beta\, s (1 - s)\,[2 - \beta |x| (1 - 2 s)],\quad s = \sigma(-\beta |x|),
 
-    with the logistic :math:`\sigma`. The slope is :math:`\beta` at 0, its area is 2, and beyond
-    :math:`\beta |x| = 2.399` it is negative: it pushes the other way. A ``beta`` that is not
-    positive raises ValueError.
+    with the logistic function :math:`\sigma`. The slope is :math:`\beta` at 0 and the area under
+    it is 2; beyond :math:`\beta |x| = 2.399` it is negative, so a gradient pushes x the other way.
+    Raises ValueError unless ``beta`` is a positive number.
 
-    Source: larq's ``swish_sign``; that it goes back to BNN+ (Darabi et al., 2018) is recalled.
+    Source: larq's ``swish_sign``, after BNN+ (Darabi et al., 2018; recalled).
 
     >>> x = torch.tensor([0.0, 1.0], requires_grad=True)
     >>> swish_sign(x).sum().backward(); x.grad
@@ -182,15 +184,16 @@ def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
 
 
 def magnitude_aware_sign(w: Tensor, clip_value: float | None = 1.0) -> Tensor:
-    r"""Binarise by sign and give each output channel its mean magnitude (Bi-Real Net).
+    r"""Binarise by sign and scale each output channel by its mean magnitude (Bi-Real Net).
 
     Forward :math:`q(w) = \kappa_c \operatorname{sign}(w)`, where :math:`\kappa_c` is the mean of
-    :math:`|w|` over output channel c, a constant on the way back. Backward
-    :math:`\partial q/\partial w = \kappa_c` where :math:`|w| \le` ``clip_value``, else 0; None:
-    everywhere. The released PyTorch code leaves :math:`\kappa_c` out of the backward pass.
+    :math:`|w|` over output channel c, a constant in the backward pass. Backward
+    :math:`\partial q/\partial w = \kappa_c` where :math:`|w| \le` ``clip_value``, else 0; with
+    ``clip_value=None`` everywhere. The released PyTorch code leaves :math:`\kappa_c` out of the
+    backward pass.
 
-    Shape: (out, ...), the output channels first, as in the weights of linear and convolutional
-    layers. Fewer than two dimensions raise ValueError.
+    Shape: (out, in, ...), as the weights of linear and convolutional layers. Raises ValueError
+    for fewer than two dimensions.
 
     Source: Liu et al., ECCV 2018; larq's quantizer of this name.
 
@@ -212,7 +215,8 @@ class _Levels(torch.autograd.Function):
 
     @staticmethod
     def forward(x, n):
-        # by a tensor: a GPU divides by a number as by its rounded inverse, and the levels differ
+        # by a tensor: a GPU divides by a number by multiplying with its rounded reciprocal, which
+        # gives slightly different levels
         return (x * n).round() / torch.full((), n, dtype=x.dtype, device=x.device)
 
     @staticmethod
@@ -225,6 +229,7 @@ class _Levels(torch.autograd.Function):
 
 
 def _steps(bits: int) -> int:
+    """Return n, the number of steps between the 2^bits levels; raise ValueError for other bits."""
     if bits not in range(1, 9):
         raise ValueError(f"bits must be a whole number from 1 to 8, not {bits!r}")
     return 2**bits - 1
@@ -236,7 +241,7 @@ def dorefa_activation(x: Tensor, bits: int = 1) -> Tensor:
     Forward :math:`q(x) = \operatorname{round}(n \operatorname{clip}(x, 0, 1)) / n` with
     :math:`n = 2^k - 1`. Backward :math:`\partial q/\partial x = 1` where :math:`0 \le x \le 1`,
     else 0. Halves round to the even neighbour: with one bit, 0.5 becomes 0. One bit here means
-    0 and 1, not -1 and +1. Other ``bits`` raise ValueError.
+    0 and 1, not -1 and +1. Raises ValueError for other ``bits``.
 
     Source: Zhou et al., 2016, read through larq's ``dorefa``.
 
@@ -250,12 +255,12 @@ def dorefa_weight(w: Tensor, bits: int = 1) -> Tensor:
     r"""Quantize weights to :math:`2^k` levels in [-1, 1], k = ``bits``, 1 to 8 (DoReFa-Net).
 
     Forward :math:`q(w) = 2 \operatorname{round}(n x) / n - 1` with :math:`n = 2^k - 1` and
-    :math:`x = \tanh(w) / (2 \max |\tanh w|) + 1/2`; the maximum is over all of w and a constant on
-    the way back. Backward :math:`\partial q/\partial w = (1 - \tanh^2 w) / \max |\tanh w|`: the
-    rounding is passed straight through. Other ``bits`` raise ValueError.
+    :math:`x = \tanh(w) / (2 \max |\tanh w|) + 1/2`; the maximum is over all of w and a constant in
+    the backward pass. Backward :math:`\partial q/\partial w = (1 - \tanh^2 w) / \max |\tanh w|`:
+    gradients pass straight through the rounding. Raises ValueError for other ``bits``.
 
-    Halves round to the even neighbour. So with one bit w = 0 becomes -1, where `ste_sign` gives
-    +1, and so does a positive w so small that x rounds to 1/2 in its dtype.
+    Halves round to the even neighbour. With one bit, therefore, w = 0 becomes -1, where `ste_sign`
+    gives +1, and so does a positive w so small that x rounds to 1/2 in its dtype.
 
     Source: Zhou et al., 2016, read through larq's ``dorefa``.
 
@@ -263,8 +268,8 @@ def dorefa_weight(w: Tensor, bits: int = 1) -> Tensor:
     tensor([-1., -1.,  1.])
     """
     squashed = w.tanh()
-    # never 0, so that weights that are all 0 do not become NaN
-    # (along one dimension, as ONNX wants it)
+    # clamped, so that weights that are all 0 do not become NaN; the maximum is taken over one
+    # dimension, as the ONNX exporter needs it
     largest = squashed.detach().abs().flatten().amax(0).clamp(min=torch.finfo(w.dtype).tiny)
     return 2 * _apply(_Levels, squashed / (2 * largest) + 0.5, _steps(bits)) - 1
 
@@ -307,7 +312,7 @@ def stochastic_sign(w: Tensor, generator: torch.Generator | None = None) -> Tens
     :math:`E[w_b] = w` and :math:`\operatorname{Var}[w_b] = 1 - w^2`.
     Backward: :math:`\partial q/\partial w = 1` everywhere.
 
-    ``generator`` draws the numbers; the default is torch's global one for the device of ``w``.
+    ``generator`` draws the numbers; by default torch's global generator of the device of ``w``.
 
     >>> stochastic_sign(torch.tensor([-1.0, 1.0, 7.0]))
     tensor([-1.,  1.,  1.])
@@ -316,8 +321,8 @@ def stochastic_sign(w: Tensor, generator: torch.Generator | None = None) -> Tens
 
 
 def real_weight(w: Tensor) -> Tensor:
-    """Return w itself: the quantizer that does not quantize, to run a network on latent weights.
+    """Return w itself: the identity as a quantizer, to run a network on its latent weights.
 
-    Forward :math:`q(w) = w`, backward 1. BinaryConnect's second way to run at test time.
+    Forward :math:`q(w) = w`, backward 1. BinaryConnect's second method of test-time inference.
     """
     return w

@@ -1,7 +1,8 @@
 """Data sets as uint8 tensors, and their batches, augmentation and scaling on the device.
 
 A data set is small enough to live on the device as uint8; a batch is one indexing operation there,
-and only the batch becomes floating point. There are no worker processes and no transforms.
+and only the batch becomes floating point. There are no worker processes and no per-image
+transforms.
 
 Where a set comes from, in this order: ``digits`` is embedded in scikit-learn; ``NAME.npz`` under
 the root; torchvision's own layout under the root; a download into that layout. The root is the
@@ -36,7 +37,7 @@ TORCHVISION = {
 NAMES = ("digits", *TORCHVISION)
 DIGITS = tuple("0123456789")
 TIMEOUT = 60.0  # seconds without a byte after which a download is given up
-SLOW_TO_WHITEN = 1000  # values an image has at least for its whitening to be kept in a file
+SLOW_TO_WHITEN = 1000  # values per image from which on a whitening is cached in a file
 NPZ_LAYOUT = (
     "x_train, y_train, x_test, y_test and, optionally, classes; "
     "uint8 images (N, H, W) or (N, H, W, C) with C = 1 or 3, integer labels (N,) or (N, 1)"
@@ -51,10 +52,10 @@ class DataError(RuntimeError):
 class Dataset:
     """Images and labels of one data set, all on one device.
 
-    Images are uint8 of shape (N, C, H, W), labels int64 of shape (N,) and smaller than the number
-    of ``classes``. ``sha256`` identifies what was loaded (see ``fingerprint``); moving the set to
-    a device or holding out a part of it leaves it as it was. A wrong shape, dtype, length or label
-    raises a ValueError that names the field.
+    Images are uint8 of shape (N, C, H, W), labels int64 of shape (N,), from 0 to the number of
+    ``classes`` minus 1. ``sha256`` identifies what was loaded (see `fingerprint`); it does not
+    change when the set is moved to a device or a part of it is held out. Raises ValueError, naming
+    the field, for a wrong shape, dtype, length or label.
     """
 
     train_images: Tensor
@@ -97,10 +98,12 @@ class Dataset:
         return replace(self, **moved)
 
     def hold_out(self, n: int, seed: int | None = None) -> "Dataset":
-        """Return a data set whose last ``n`` training images became the validation set.
+        """Return a data set whose last ``n`` training images are the validation set.
 
-        With a ``seed`` the training images are shuffled first; a set that is ordered by class
-        needs that, because its last images are all of the last classes.
+        With a ``seed`` the training images are shuffled first. A set that is ordered by class
+        needs this, because its last images all belong to the last classes. Raises ValueError for
+        such a set without a seed, for a set that already has a validation set, and unless ``n``
+        leaves at least one training image.
 
         >>> load("digits").hold_out(300)
         Dataset('digits': 1000 train + 300 valid. + 497 test, 1×8×8, 10 classes, cpu)
@@ -189,15 +192,15 @@ def fingerprint(dataset: Dataset) -> str:
 def load(name: str, root: str | os.PathLike | None = None) -> Dataset:
     """Load a data set by name: digits, mnist, fashion-mnist, cifar10, cifar100, svhn or your own.
 
-    ``digits`` is always the embedded one: 1797 images of 8×8, its values 0 to 16 scaled to 0 to
-    255, 1300 for training and 497 for testing (a fixed permutation). The others are looked for
-    under ``root`` (else ``BNNBOOK_DATA``, else ``~/.cache/bnnbook``) as NAME.npz in Keras's layout
-    (x_train, y_train, x_test, y_test), then in torchvision's own layout, and are downloaded there
-    when absent. A download is made in a temporary folder and moved into place when its checksum
-    is right, so that no part of an interrupted one is ever taken for the whole.
+    ``digits`` is always scikit-learn's: 1797 images of 8×8 with values scaled from 0–16 to 0–255,
+    1300 for training and 497 for testing (a fixed permutation). The others are looked for under
+    ``root`` (else ``BNNBOOK_DATA``, else ``~/.cache/bnnbook``), first as NAME.npz in Keras's
+    layout (x_train, y_train, x_test, y_test), then in torchvision's own layout, and are downloaded
+    there if absent. A download goes to a temporary folder and is moved into place once its
+    checksum is right, so an interrupted one is never taken for the whole.
 
-    Raises ValueError for an unknown name, and DataError when the set cannot be downloaded or when
-    a file is damaged; damaged files are named and left as they are.
+    Raises ValueError for an unknown name, and DataError if the set cannot be downloaded or a file
+    is damaged; damaged files are named and left as they are.
 
     >>> digits = load("digits")
     >>> digits
@@ -233,7 +236,8 @@ def found(root: str | os.PathLike | None = None) -> list[str]:
 def found_in_layout(root: str | os.PathLike | None = None) -> list[str]:
     """Return the names of the sets whose files lie under the root in torchvision's layout.
 
-    Unpacked or as archives: `load` downloads neither. Nothing is opened, damage is not seen.
+    The files may be unpacked or still archives: `load` downloads neither. They are not opened, so
+    damage goes unnoticed.
     """
     from torchvision import datasets
 
@@ -251,7 +255,7 @@ def _digits() -> Dataset:
 
     raw = load_digits()
     images = np.rint(raw.images * 255 / 16).astype(np.uint8)
-    # RandomState, because NumPy promises that its stream never changes.
+    # RandomState, because NumPy guarantees that its stream never changes.
     order = np.random.RandomState(0).permutation(len(images))
     train, test = order[:1300], order[1300:]
     arrays = images[train], raw.target[train], images[test], raw.target[test]
@@ -283,7 +287,7 @@ def _read_npz(name: str, path: Path) -> Dataset:
         return _dataset(name, **arrays, classes=classes)
     except DataError:
         raise
-    # A damaged archive can fail anywhere in zipfile, zlib or NumPy's parser.
+    # a damaged archive can fail anywhere in zipfile, zlib or NumPy's parser
     except Exception as error:
         raise DataError(
             f"{path} cannot be used: {type(error).__name__}: {error}. It was left as it is; "
@@ -292,7 +296,7 @@ def _read_npz(name: str, path: Path) -> Dataset:
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    # NumPy leaves a file that it opened itself open when the archive is damaged.
+    # opened here, because NumPy would leave a file of its own open if the archive is damaged
     with path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -335,10 +339,10 @@ def _read_torchvision(name: str, root: Path) -> Dataset:
         _fetch(name, kind, root)
     try:
         with warnings.catch_warnings():
-            # CIFAR's pickles are Python 2's; NumPy 2.4.0 to 2.4.4 warn about their dtypes.
+            # CIFAR's pickles are from Python 2; NumPy 2.4.0 to 2.4.4 warn about their dtypes
             warnings.filterwarnings("ignore", r"dtype\(\): align should be")
             return _dataset(name, *_torchvision_arrays(name, kind, root))
-    # A damaged file can fail anywhere in torchvision's readers, with an assert among others.
+    # a damaged file can fail anywhere in torchvision's readers, even in an assert
     except Exception as error:
         bad = ", ".join(str(path) for path in _damaged(name, files)) or str(root)
         raise DataError(
@@ -348,7 +352,7 @@ def _read_torchvision(name: str, root: Path) -> Dataset:
 
 
 def _torchvision_arrays(name: str, kind, root: Path) -> tuple:
-    """Return x_train, y_train, x_test, y_test and the classes, as ``_dataset`` wants them."""
+    """Return x_train, y_train, x_test, y_test and the classes, in Keras's layout."""
     if name == "svhn":
         train, test = (kind(root, split=split) for split in ("train", "test"))
         return _hwc(train.data), train.labels, _hwc(test.data), test.labels, DIGITS
@@ -362,7 +366,7 @@ def _hwc(images: np.ndarray) -> np.ndarray:
 
 
 def _layout(kind, root: Path) -> tuple[dict[Path, str | None], list[Path]]:
-    """Return the files that torchvision reads (with their MD5, where known) and their archives."""
+    """Return the files that torchvision reads, with their MD5 where known, and their archives."""
     if hasattr(kind, "resources"):  # MNIST and Fashion-MNIST
         archives = [root / kind.__name__ / "raw" / name for name, _ in kind.resources]
         return {path.with_suffix(""): None for path in archives}, archives
@@ -375,7 +379,7 @@ def _layout(kind, root: Path) -> tuple[dict[Path, str | None], list[Path]]:
 
 
 def _damaged(name: str, files: dict[Path, str | None]) -> list[Path]:
-    """Return those of torchvision's files that it would refuse."""
+    """Return the files that torchvision would refuse to read."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
     from torchvision.datasets.utils import check_integrity
 
@@ -396,15 +400,15 @@ def _damaged(name: str, files: dict[Path, str | None]) -> list[Path]:
 def _fetch(name: str, kind, root: Path) -> None:
     """Download and unpack a set in a temporary folder under ``root``, then move its files there.
 
-    Archives that already lie in the layout are used instead of a download; files that are already
-    in place stay as they are.
+    Archives that are already in torchvision's layout are used instead of a download; files that
+    are already in place stay as they are.
     """
     files, archives = _layout(kind, root)
     wanted = ", ".join(str(path.relative_to(root)) for path in archives or files)
     places = f"either as {name}.npz ({NPZ_LAYOUT}) or in torchvision's layout ({wanted})"
     with downloading(name, root, places):
         if all(path.is_file() for path in files):
-            return  # another process has downloaded it meanwhile
+            return  # another process has downloaded it in the meantime
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
             fresh = Path(temporary)
             for ours, theirs in zip(archives, _layout(kind, fresh)[1], strict=True):
@@ -419,7 +423,7 @@ def _fetch(name: str, kind, root: Path) -> None:
 
 
 def _download(kind, root: Path) -> None:
-    """Let torchvision download, check (MD5) and unpack a set, with its progress bar."""
+    """Let torchvision download a set, check its MD5 sums and unpack it, with a progress bar."""
     if hasattr(kind, "split_list"):
         for split in ("train", "test"):
             kind(root, split=split, download=True)
@@ -429,15 +433,15 @@ def _download(kind, root: Path) -> None:
 
 @contextlib.contextmanager
 def downloading(name: str, root: Path, places: str) -> Iterator[None]:
-    """Download into ``root`` within: one process at a time, and no waiting for a silent server.
+    """Context for a download into ``root``: one process at a time, with a network timeout.
 
-    What fails, and a server that sends nothing for `TIMEOUT` seconds, becomes a DataError that
-    names the data set and tells to put it there by hand, ``places`` saying as which files.
+    A failure, or a server that sends nothing for `TIMEOUT` seconds, becomes a DataError that names
+    the data set and tells the user how to put it there by hand: ``places`` names the files.
     """
     before = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(TIMEOUT)  # torchvision opens its connections without any limit
+        socket.setdefaulttimeout(TIMEOUT)  # torchvision opens its connections without a timeout
         with _turn(root):
             yield
     except (OSError, RuntimeError, HTTPException, EOFError) as error:
@@ -453,9 +457,9 @@ def downloading(name: str, root: Path, places: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process holds the folder's lock, and hold it.
+    """Hold the folder's lock, after waiting until no other process holds it.
 
-    Where there are no such locks (Windows, some network file systems) nobody waits.
+    Without such locks (Windows, some network file systems) nobody waits.
     """
     try:
         import fcntl
@@ -471,7 +475,7 @@ def _turn(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-# --- On the device -----------------------------------------------------------------------------
+# --- Batches and augmentation, on the device ---------------------------------------------------
 
 
 def batches(
@@ -481,11 +485,11 @@ def batches(
     generator: torch.Generator | None = None,
     drop_last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate once over (images, labels) in batches, indexed where the tensors are.
+    """Iterate once over (images, labels) in batches, on the device of the tensors.
 
-    With a ``generator``, which must be a CPU one, the order is one permutation drawn from it, the
+    With a ``generator``, which must be on the CPU, the order is one permutation drawn from it, the
     same on every device; without, the order is that of the tensors. ``drop_last`` leaves out a
-    last batch that is not full.
+    last batch that is not full. Raises ValueError, at the call, for arguments that do not fit.
 
     >>> x, y = torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5)
     >>> [b.tolist() for _, b in batches(x, y, 2)]
@@ -517,11 +521,11 @@ def _batches(images, labels, batch_size, generator, drop_last):
 
 def crop(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, padding: int,
          size: int | None = None) -> Tensor:  # fmt: skip
-    """Pad with zeros, then cut from each image the window at its (top, left), mirrored on a flip.
+    """Pad with zeros, then cut a window out of each image at its (top, left), mirrored on a flip.
 
-    ``images`` is (N, C, H, W); the windows are ``size`` × ``size``, by default H × W; the others
-    are (N,). Offsets count from 0 to H + 2·``padding`` − ``size``, and alike for W; without a
-    ``size`` both at ``padding`` give the image itself.
+    ``images`` is (N, C, H, W); ``tops``, ``lefts`` and ``flips`` (bool) are (N,). Windows are
+    ``size`` × ``size``, by default H × W. Tops run from 0 to H + 2·``padding`` − ``size``, and
+    lefts likewise with W; without a ``size``, offsets of ``padding`` give the image itself.
     """
     n, c, h, w = images.shape
     if size is not None:
@@ -538,7 +542,9 @@ def crop(images: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, padding: in
 def crop_flip(padding: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]:
     """Return an augmentation: a random crop after zero padding, mirrored with probability 1/2.
 
-    It acts on a whole batch on its device and draws from that device's global generator.
+    Each image (N, C, H, W) keeps its size; ``flip=False`` mirrors none. It works on a whole batch
+    on its device and draws from that device's global generator. Raises ValueError for a negative
+    ``padding``.
     """
     if padding < 0:
         raise ValueError(f"padding must be at least 0, not {padding}")
@@ -555,11 +561,12 @@ def crop_flip(padding: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]
 def random_crop(size: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
     r"""Return AlexNet's augmentation: a random ``size`` × ``size`` window, mirrored half the time.
 
-    No padding: images (N, C, H, W) must be larger. Each image draws its own offset and flip, from
-    the global generator of its device. An image has :math:`2\,(H - s + 1)(W - s + 1)` views for
-    s = ``size``: 2178 for 224 out of 256, where the paper counts 2048 (section 4.1). Its released
-    code gives 32 images in a row the same offset and flip. Test on `centre_crop` or
-    `TenViewAverage`. A ``size`` below 1 or above H or W raises ValueError.
+    No padding: images (N, C, H, W) must be at least that large. Each image draws its own offset
+    and flip from the global generator of its device. An image has
+    :math:`2\,(H - s + 1)(W - s + 1)` views for s = ``size``: 2178 for 224 out of 256, where the
+    paper counts 2048 (section 4.1). Its released code gives 32 images in a row the same offset and
+    flip. Test with `centre_crop` or `TenViewAverage`. Raises ValueError for a ``size`` below 1 or
+    above H or W.
     """
 
     def augment(images: Tensor) -> Tensor:
@@ -574,10 +581,10 @@ def random_crop(size: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
 
 
 def centre_crop(size: int) -> Callable[[Tensor], Tensor]:
-    """Return x -> its ``size`` × ``size`` middle; images that are so large already pass unchanged.
+    """Return x -> its central ``size`` × ``size`` pixels; images of that size pass unchanged.
 
-    So ``compose(centre_crop(28), standardize(dataset))`` preprocesses the random crops of training
-    and the whole images of testing alike. A window that does not fit raises ValueError.
+    So ``compose(centre_crop(28), standardize(dataset))`` preprocesses both the random crops of
+    training and the whole images of testing. Raises ValueError for a window that does not fit.
 
     >>> centre_crop(2)(torch.arange(16).view(1, 1, 4, 4)).tolist()
     [[[[5, 6], [9, 10]]]]
@@ -595,7 +602,7 @@ def ten_views(images: Tensor, size: int) -> Tensor:
     """Return AlexNet's ten test views of each image: the corners, the centre, and their mirrors.
 
     (N, C, H, W) becomes (10, N, C, ``size``, ``size``); view i + 5 mirrors view i (section 4.1).
-    A window that does not fit raises ValueError.
+    Raises ValueError for a window that does not fit.
 
     >>> ten_views(torch.arange(9).view(1, 1, 3, 3), 1).flatten().tolist()
     [0, 2, 6, 8, 4, 0, 2, 6, 8, 4]
@@ -608,7 +615,7 @@ def ten_views(images: Tensor, size: int) -> Tensor:
 
 
 class TenViewAverage(nn.Module):
-    r"""Wrap a classifier to answer with the mean of its softmaxes over `ten_views`.
+    r"""Wrap a classifier to average its softmax outputs over `ten_views`.
 
     :math:`p = \frac{1}{10} \sum_{i=1}^{10} \operatorname{softmax} f(v_i)` for the ``model`` f and
     the views :math:`v_i` of ``size`` × ``size`` pixels (AlexNet, section 4.1). Input: whole
@@ -633,7 +640,7 @@ def _check_window(images: Tensor, size: int) -> None:
 
 
 def compose(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return x -> the steps one after the other, the first one first; none leave x as it is.
+    """Return x -> all steps applied in the order given; without steps, x itself.
 
     >>> compose(centre_crop(2), unit_range)(torch.full((1, 1, 4, 4), 51)).flatten().tolist()
     [0.20000000298023224, 0.20000000298023224, 0.20000000298023224, 0.20000000298023224]
@@ -644,7 +651,7 @@ def compose(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             images = step(images)
         return images
 
-    # a checkpoint knows its augmentation by this name
+    # a checkpoint identifies its augmentation by this name
     names = (getattr(step, "__qualname__", type(step).__name__) for step in steps)
     apply.__qualname__ = f"compose({', '.join(names)})"
     return apply
@@ -652,19 +659,20 @@ def compose(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def pca_colour_noise(dataset: Dataset, scale: float = 0.1,
                      power: float = 1.0) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    r"""Return AlexNet's colour augmentation: each image shifts along the principal colours.
+    r"""Return AlexNet's colour augmentation: shift each image along the principal colours.
 
-    To every RGB pixel of an image is added
+    Every RGB pixel of an image is shifted by
     :math:`[p_1\,p_2\,p_3]\,[\alpha_1\lambda_1, \alpha_2\lambda_2, \alpha_3\lambda_3]^\top` with
-    :math:`\alpha_i \sim N(0,\ \sigma^2)`, σ = ``scale``, drawn once per image and use (section
-    4.1). :math:`p_i` and :math:`\lambda_i` are the `colour_components` of the training pixels *in
-    [0, 1]*. The scale matters, for :math:`\lambda` grows with its square, and the paper names
-    none. Its released code appears to multiply by :math:`\sqrt{\lambda_i}`: ``power=0.5``.
+    :math:`\alpha_i \sim N(0,\ \sigma^2)`, :math:`\sigma` = ``scale``, drawn anew for each image
+    each time (section 4.1). :math:`p_i` and :math:`\lambda_i` are the `colour_components` of the
+    training pixels *in [0, 1]*. The pixels' scale matters, since :math:`\lambda` grows with its
+    square, but the paper names none. Its released code appears to multiply by
+    :math:`\sqrt{\lambda_i}`: ``power=0.5``.
 
     Images are (N, 3, H, W), uint8 or floating point from 0 to 255; the result is float32 on that
-    scale, neither rounded nor clipped, so that every preprocessing takes it as it takes uint8:
+    scale, neither rounded nor clipped, so that any preprocessing accepts it in place of uint8:
     ``augment=compose(crop_flip(), pca_colour_noise(dataset))``. After a padded crop the padding is
-    shifted as well. Other than three channels raise ValueError.
+    shifted as well. Raises ValueError for another ``power``, and unless there are three channels.
     """
     if power not in (0.5, 1.0):
         raise ValueError(f"power must be 1 (the paper) or 0.5 (its released code), not {power!r}")
@@ -682,15 +690,16 @@ def pca_colour_noise(dataset: Dataset, scale: float = 0.1,
 
 
 def colour_components(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (3,), largest first, and eigenvectors (3, 3), as columns, of the colours.
+    """Return the principal colours: eigenvalues (3,), largest first, and eigenvectors (3, 3).
 
-    They are those of the covariance of RGB values in [0, 1] over all pixels of all images, uint8
-    of shape (N, 3, H, W). The largest entry of each eigenvector is positive.
+    They belong to the covariance of the RGB values in [0, 1] over all pixels of all images, uint8
+    of shape (N, 3, H, W). Eigenvectors are columns, the entry of largest magnitude positive.
+    Raises ValueError unless there are three channels.
     """
     _check_colour(images)
     count, total, square = images.numel() // 3, 0, 0
     for part in _chunks(images):
-        # whole numbers, which float64 adds exactly: no device and no thread count changes them
+        # integers, which float64 adds exactly: the sums depend on no device or thread count
         part = part.transpose(0, 1).flatten(1).double()
         total, square = total + part.sum(1), square + part @ part.T
     mean = total.cpu() / count
@@ -703,6 +712,9 @@ def colour_components(images: Tensor) -> tuple[Tensor, Tensor]:
 def _check_colour(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"colours need images (N, 3, H, W), not {tuple(images.shape)}")
+
+
+# --- Preprocessing: from uint8 to what a network takes -----------------------------------------
 
 
 def unit_range(images: Tensor) -> Tensor:
@@ -724,12 +736,12 @@ def signed_range(images: Tensor) -> Tensor:
 
 
 def _on_each_device(*tensors: Tensor) -> Callable[[torch.device], tuple[Tensor, ...]]:
-    """Return device -> the tensors there, copied once and kept: a CUDA graph may read them."""
+    """Return device -> the tensors there; the copies are kept, as a CUDA graph may read them."""
     return functools.cache(lambda device: tuple(tensor.to(device) for tensor in tensors))
 
 
 def subtract_mean_image(dataset: Dataset) -> Callable[[Tensor], Tensor]:
-    """Return x -> x/255 − m, where m is the mean training image, pixel by pixel, in [0, 1]."""
+    """Return x -> x/255 − m, where m (C, H, W) is the mean training image in [0, 1]."""
     total = sum(part.sum(0, dtype=torch.int64) for part in _chunks(dataset.train_images))
     constants = _on_each_device((total.cpu().double() / (255 * len(dataset.train_images))).float())
 
@@ -743,13 +755,12 @@ def subtract_mean_image(dataset: Dataset) -> Callable[[Tensor], Tensor]:
 def standardize(dataset: Dataset) -> Callable[[Tensor], Tensor]:
     """Return x -> (x/255 − m)/s with the mean and standard deviation of each training channel.
 
-    Sums are of integers, so that the constants do not depend on device or thread count. A channel
-    that is constant over the training set raises a ValueError.
+    The constants come from sums of integers, so they depend on no device or thread count. Raises
+    ValueError for a channel that is constant over the training set.
     """
     mean, std = (t.float()[:, None, None] for t in channel_statistics(dataset.train_images))
     if not bool((std > 0).all()):
         raise ValueError(f"channel {int(std.argmin())} is constant: it cannot be standardized")
-
     constants = _on_each_device(mean, std)
 
     def preprocess(images: Tensor) -> Tensor:
@@ -760,12 +771,13 @@ def standardize(dataset: Dataset) -> Callable[[Tensor], Tensor]:
 
 
 def contrast_normalize(images: Tensor, scale: float = 55.0, epsilon: float = 1e-8) -> Tensor:
-    r"""Return images of mean 0 and length ``scale``: global contrast normalisation.
+    r"""Return images of mean 0 and norm ``scale``: global contrast normalisation.
 
-    :math:`x \mapsto s\,(x - \bar x) / \lVert x - \bar x \rVert_2` for each image by itself, mean
-    :math:`\bar x` and norm over all its channels and pixels; s = ``scale``, BinaryConnect's 55.
-    An image whose :math:`\lVert x - \bar x \rVert_2 / s` is below ``epsilon`` (all its pixels are
-    alike) is not divided. uint8 (N, C, H, W) become float32; floating point keeps its type.
+    :math:`x \mapsto s\,(x - \bar x) / \lVert x - \bar x \rVert_2` for each image separately, with
+    the mean :math:`\bar x` and the norm over all its channels and pixels; s = ``scale``, 55 as in
+    BinaryConnect. An image with :math:`\lVert x - \bar x \rVert_2 / s` below ``epsilon`` (its
+    pixels are all alike) is not divided. uint8 (N, C, H, W) becomes float32; floating point keeps
+    its dtype.
 
     >>> contrast_normalize(torch.tensor([[[[3, 11]]]], dtype=torch.uint8), scale=2 ** 0.5)
     tensor([[[[-1.,  1.]]]])
@@ -783,17 +795,18 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
     r"""Return BinaryConnect's preprocessing of CIFAR-10: `contrast_normalize`, then ZCA whitening.
 
     :math:`x \mapsto U \Lambda^{-1/2} U^\top (x - m)` with
-    :math:`U \Lambda U^\top = \Sigma + b I`; m and Σ are mean and covariance of the
-    contrast-normalised training images, each a vector of its C·H·W values; b = ``bias`` is added
+    :math:`U \Lambda U^\top = \Sigma + b I`; m and :math:`\Sigma` are mean and covariance of the
+    contrast-normalised training images, each a vector of C·H·W values; b = ``bias`` is added
     before the decomposition (released code, which takes these steps from pylearn2). The original
-    fits on all 50 000 training images, those it validates on included; ``with_validation=False``
-    leaves out what `Dataset.hold_out` put aside.
+    fits on all 50 000 training images, including those it validates on; ``with_validation=False``
+    leaves out those that `Dataset.hold_out` set aside.
 
-    uint8 (N, C, H, W) become float32. Fitting is in float64, its eigenproblem of size C·H·W on
-    the CPU: for CIFAR-10 most of a minute on two cores. So from `SLOW_TO_WHITEN` values on, m and
-    the matrix are kept in a file under ``root`` (as in `load`), where the next call with the same
-    images and settings on the same kind of machine finds the very same numbers; a file that is
-    damaged is made anew. Images of another shape raise ValueError.
+    uint8 (N, C, H, W) becomes float32. The fit is in float64, with an eigenproblem of size C·H·W
+    on the CPU: most of a minute on two cores for CIFAR-10. From `SLOW_TO_WHITEN` values per image
+    on, m and the matrix are therefore cached in a file under ``root`` (as in `load`), where the
+    next call with the same images and settings on the same kind of machine finds exactly the same
+    numbers; a damaged file is replaced. The preprocessing raises ValueError for images of another
+    shape.
     """
     parts = [dataset.train_images]
     if with_validation and dataset.validation_images is not None:
@@ -804,7 +817,7 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
         values, vectors = torch.linalg.eigh(covariance + bias * torch.eye(len(mean)).double())
         return mean.float(), ((vectors * values.rsqrt()) @ vectors.T).float()
 
-    constants = _on_each_device(*_kept(fit, parts, (scale, bias), root_folder(root)))
+    constants = _on_each_device(*_cached(fit, parts, (scale, bias), root_folder(root)))
     shape = parts[0].shape[1:]
 
     def preprocess(images: Tensor) -> Tensor:
@@ -817,8 +830,8 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
     return preprocess
 
 
-def _kept(fit: Callable, parts: list[Tensor], settings: tuple, root: Path):
-    """Return what ``fit`` returns, mean (D,) and matrix (D, D): from its file, if there is one."""
+def _cached(fit: Callable, parts: list[Tensor], settings: tuple, root: Path):
+    """Return what ``fit`` returns, mean (D,) and matrix (D, D): from the cache, if it is there."""
     size = parts[0][0].numel()
     if size < SLOW_TO_WHITEN:
         return fit()
@@ -828,14 +841,15 @@ def _kept(fit: Callable, parts: list[Tensor], settings: tuple, root: Path):
         mean, matrix = fit()
         _write_rows(path, torch.cat([mean[None], matrix]))
         return mean, matrix
-    return rows[0].clone(), rows[1:].clone()  # aligned as torch aligns: equal bits need it
+    # copies, in memory aligned by torch: the alignment can change how a product is rounded
+    return rows[0].clone(), rows[1:].clone()
 
 
 def _whitening_key(parts: list[Tensor], settings: tuple) -> str:
-    """Return the SHA-256 of all that a fit depends on, to the last bit.
+    """Return the SHA-256 of all that a fit depends on, down to the last bit.
 
-    The images themselves are hashed: a data set keeps its ``sha256`` when a part is held out. On
-    threads, device and version of torch depends how the sums are rounded.
+    The images themselves are hashed, because a data set keeps its ``sha256`` when a part is held
+    out. How the sums are rounded depends on torch's version, its threads and the device.
     """
     device, processor = parts[0].device, torch.backends.cpu.get_cpu_capability()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -848,7 +862,7 @@ def _whitening_key(parts: list[Tensor], settings: tuple) -> str:
 
 
 def _read_rows(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """Return the float32 array in a file, or None if there is no whole one of that shape."""
+    """Return the float32 array in a file, or None if there is no intact one of that shape."""
     try:
         with path.open("rb") as file:
             rows = np.load(file, allow_pickle=False)["rows"]  # the archive has a checksum
@@ -858,7 +872,7 @@ def _read_rows(path: Path, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _write_rows(path: Path, rows: Tensor) -> None:
-    """Write an array, whole or not at all; a folder that cannot be written costs time only."""
+    """Write an array, whole or not at all; where nothing can be written, go on without."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -882,7 +896,7 @@ def _contrast_statistics(parts: list[Tensor], scale: float) -> tuple[Tensor, Ten
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and (population) standard deviation of each channel, of images in [0, 1]."""
+    """Return mean and population standard deviation (C,) of each channel, of pixels in [0, 1]."""
     count = images.numel() // images.shape[1]
     total = square = 0
     for part in _chunks(images):
@@ -894,5 +908,5 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(images: Tensor) -> tuple[Tensor, ...]:
-    # Statistics need wider numbers than uint8: a thousand images at a time, never all at once.
+    # statistics need wider numbers than uint8: convert a thousand images at a time
     return images.split(1000)

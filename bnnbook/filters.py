@@ -2,7 +2,7 @@ r"""Gradient filters: what a binary weight sees of its gradients, as signal proc
 
 A latent weight trained by SGD with weight decay :math:`\lambda`, learning rate :math:`\varepsilon`
 and momentum :math:`1 - \gamma` is, up to the factor :math:`-1/\lambda`, the gradient passed
-through two exponential moving averages (EMA),
+through two exponential moving averages (EMAs),
 
 .. math:: m_i = (1-\gamma)\, m_{i-1} + \gamma \nabla_i, \qquad
           g_i = (1-\alpha)\, g_{i-1} + \alpha\, m_i, \qquad \alpha = \varepsilon\lambda,
@@ -13,10 +13,10 @@ linear low-pass filter with an infinite impulse response, is that of Quist, Li, 
 5): unless a docstring says otherwise, the equations here are our own derivations. The tests check
 each against a simulation or against exact arithmetic.
 
-``rates`` is ``(alpha,)`` (or just ``alpha``), ``(alpha, gamma)`` or longer: one rate an EMA, each
-in (0, 1]; anything else raises ValueError. A rate of 1 passes its input through. While the rates
-are constant their order does not matter. Time is counted in training steps, angular frequency
-``omega`` in radians per step, from 0 to :math:`\pi`.
+``rates`` is ``(alpha,)`` (or just ``alpha``), ``(alpha, gamma)`` or longer: one rate per EMA, each
+in (0, 1]; anything else raises ValueError. A rate of 1 passes its input through. As long as the
+rates are constant, their order does not matter. Time is counted in training steps, angular
+frequency ``omega`` in radians per step, from 0 to :math:`\pi`.
 """
 
 import math
@@ -30,7 +30,7 @@ Rates = float | Sequence[float]
 
 
 def _checked(rates: Rates) -> NDArray:
-    """Return the rates as a float vector, or say what is allowed."""
+    """Return the rates as a float vector; raise ValueError unless all are in (0, 1]."""
     array = np.atleast_1d(rates)
     real = array.dtype.kind in "fiu" and array.ndim == 1 and array.size > 0
     if not (real and np.all((array > 0) & (array <= 1))):
@@ -50,8 +50,9 @@ def ema_cascade(*rates: float) -> tuple[NDArray, NDArray]:
 
     b holds one number, :math:`\prod_k r_k`; a has one entry more than there are ``rates``
     :math:`r_k`. That momentum and weight decay form such a filter is the claim of Quist et al.
-    (abstract). It holds for constant rates: see `decaying_direct_form`. Rounding of a limits this
-    form to about :math:`10^{-16}/\prod_k r_k`; `ema_sections` has no such limit.
+    (abstract). It holds for constant rates; for changing ones see `decaying_direct_form`. Rounding
+    the coefficients a limits the relative accuracy of this form to about
+    :math:`10^{-16}/\prod_k r_k`; `ema_sections` has no such limit.
 
     >>> b, a = ema_cascade(0.5, 0.25)
     >>> b.tolist(), a.tolist()
@@ -62,7 +63,7 @@ def ema_cascade(*rates: float) -> tuple[NDArray, NDArray]:
 
 
 def ema_sections(*rates: float) -> NDArray:
-    """Return the cascade as sections for ``scipy.signal.sosfilt``, one EMA each: (rates, 6).
+    """Return the cascade as sections for ``scipy.signal.sosfilt``, one per EMA: (rates, 6).
 
     Row k is ``[r_k, 0, 0, 1, -(1 - r_k), 0]``. Each EMA keeps its own state, as an optimizer
     would, so small rates lose no precision.
@@ -91,8 +92,9 @@ def filter_gradients(rates: Rates, gradients: ArrayLike,
                      axis: int = 0) -> NDArray:  # fmt: skip
     r"""Return the filtered gradients :math:`g_i` of the gradients :math:`\nabla_i`, from g = 0 on.
 
-    ``gradients`` has the steps along ``axis`` and any other axes, for instance one for weights;
-    the result has its shape, in float64. The binary weight is :math:`-\operatorname{sign} g_i`.
+    ``gradients`` has the steps along ``axis``, and any other axes, for instance one of weights.
+    The result has the same shape, in float64. The binary weight is
+    :math:`-\operatorname{sign} g_i`.
 
     >>> filter_gradients(0.5, [8.0, 0.0, 8.0]).tolist()
     [4.0, 2.0, 5.0]
@@ -104,7 +106,7 @@ def filter_gradients(rates: Rates, gradients: ArrayLike,
 
 
 def impulse_response(rates: Rates, n: int) -> NDArray:
-    r"""Return :math:`h_0 \dots h_{n-1}`: the weight of the gradient of k steps ago in g.
+    r"""Return :math:`h_0 \dots h_{n-1}`: the weight in g of the gradient of k steps ago.
 
     First order :math:`h_k = \alpha p^k`; second order
     :math:`h_k = \alpha\gamma\,(p^{k+1} - q^{k+1})/(p - q)`, which is
@@ -121,9 +123,10 @@ def impulse_response(rates: Rates, n: int) -> NDArray:
 
 
 def step_response(rates: Rates, n: int) -> NDArray:
-    r"""Return :math:`s_k = \sum_{j \le k} h_j` for k < n: the answer to gradients that turn to 1.
+    r"""Return :math:`s_k = \sum_{j \le k} h_j` for k < n: g after gradients step from 0 to 1.
 
-    First order :math:`s_k = 1 - (1-\alpha)^{k+1}`. It rises to 1 and never overshoots.
+    First order :math:`s_k = 1 - (1-\alpha)^{k+1}`. It rises to 1 and never overshoots. Raises
+    ValueError unless ``n`` is at least 1.
 
     >>> step_response(0.5, 3).tolist()
     [0.5, 0.75, 0.875]
@@ -139,9 +142,10 @@ def frequency_response(rates: Rates, omega: ArrayLike) -> NDArray:
     .. math:: H = \prod_k \frac{r_k}{1 - p_k e^{-j\omega}}, \qquad
               |H|^2 = \prod_k \frac{r_k^2}{1 + p_k^2 - 2 p_k \cos\omega}, \qquad p_k = 1 - r_k.
 
-    H(0) = 1. Above the ``rates`` the gain falls as :math:`\alpha/\omega` (20 dB a decade) for one,
-    as :math:`\alpha\gamma/\omega^2` (40 dB a decade) for two, and ends at
-    :math:`\prod_k r_k/(2 - r_k)` at the Nyquist frequency :math:`\pi`. Shape of ``omega``.
+    At frequency 0 the gain is 1. Above the ``rates`` it falls as :math:`\alpha/\omega` (20 dB per
+    decade) for one EMA, as :math:`\alpha\gamma/\omega^2` (40 dB per decade) for two, down to
+    :math:`\prod_k r_k/(2 - r_k)` at the Nyquist frequency :math:`\pi`. The result has the shape of
+    ``omega``.
 
     >>> abs(frequency_response((0.5, 0.5), [0.0, math.pi])).round(4).tolist()
     [1.0, 0.1111]
@@ -152,12 +156,12 @@ def frequency_response(rates: Rates, omega: ArrayLike) -> NDArray:
 
 
 def group_delay(rates: Rates, omega: ArrayLike) -> NDArray:
-    r"""Return the delay in steps of a slow change of a wave of frequency ``omega``.
+    r"""Return the delay, in steps, of the envelope of a wave of frequency ``omega``.
 
     .. math:: -\frac{d \arg H}{d\omega} = \sum_k D(1 - r_k), \qquad
               D(p) = \frac{p\cos\omega - p^2}{1 + p^2 - 2 p\cos\omega}
 
-    Shape of ``omega``; at 0 it is `delay`.
+    The result has the shape of ``omega``; at 0 it is `delay`.
 
     >>> group_delay((0.5, 0.25), [0.0, math.pi]).round(3).tolist()
     [4.0, -0.762]
@@ -169,9 +173,10 @@ def group_delay(rates: Rates, omega: ArrayLike) -> NDArray:
 
 
 def delay(rates: Rates) -> float:
-    r"""Return the mean age in steps of the gradients in g: :math:`\sum_k k h_k`.
+    r"""Return the mean age of the gradients in g, in steps: :math:`\sum_k k h_k`.
 
-    It is :math:`\sum_k (1 - r_k)/r_k`, the group delay at frequency 0: the EMAs' delays add up.
+    It equals :math:`\sum_k (1 - r_k)/r_k`, the group delay at frequency 0: the delays of the EMAs
+    add up.
 
     >>> round(delay((0.001, 0.1)))
     1008
@@ -181,7 +186,7 @@ def delay(rates: Rates) -> float:
 
 
 def _span(rates: Rates) -> int:
-    """Return a number of steps that holds the peak and the median of the impulse response.
+    """Return a number of steps that covers the peak and the median of the impulse response.
 
     The response is unimodal: its mode lies within 1.74 standard deviations of the mean, its
     median within one.
@@ -193,9 +198,9 @@ def _span(rates: Rates) -> int:
 def peak(rates: Rates) -> tuple[int, float]:
     r"""Return (step, height) of the maximum of the impulse response.
 
-    First order: :math:`(0, \alpha)`, the latest gradient counts most. Second order: the first
-    whole number not below :math:`\ln(\gamma/\alpha)/\ln(p/q) - 1`, or :math:`1/\alpha - 2` for
-    equal rates, and not below 0; p and q are the `poles`.
+    First order: :math:`(0, \alpha)`, the latest gradient counts most. Second order: the smallest
+    integer that is at least :math:`\ln(\gamma/\alpha)/\ln(p/q) - 1`, or :math:`1/\alpha - 2` for
+    equal rates, but not below 0; p and q are the `poles`.
 
     >>> peak((0.001, 0.1))[0]
     44
@@ -205,11 +210,12 @@ def peak(rates: Rates) -> tuple[int, float]:
 
 
 def reaction_delay(rates: Rates) -> int:
-    r"""Return how many steps g lags when the mean gradient turns round: :math:`s_k \ge 1/2`.
+    r"""Return the steps by which g lags when the mean gradient reverses: :math:`s_k \ge 1/2`.
 
-    When the mean changes from -1 to +1, that of g is :math:`2 s_k - 1` with `step_response`
-    :math:`s_k`; its sign follows at the median of the impulse response. k = 0 is the first
-    gradient of the new sign. First order: :math:`\ln 2/\alpha` for small :math:`\alpha`.
+    When the mean gradient changes from -1 to +1, the mean of g becomes :math:`2 s_k - 1` with
+    `step_response` :math:`s_k`, so the sign of g follows at the median of the impulse response.
+    k = 0 is the first gradient of the new sign. First order: :math:`\ln 2/\alpha` for small
+    :math:`\alpha`.
 
     >>> reaction_delay(0.001), reaction_delay((0.001, 0.1))
     (692, 701)
@@ -222,7 +228,7 @@ def cutoff(rates: Rates) -> float:
 
     First order :math:`\cos\omega_c = 1 - \alpha^2/(2(1-\alpha))`, about :math:`\alpha`. Second
     order: about :math:`\alpha` if :math:`\gamma \gg \alpha`, 0.6436 :math:`\alpha` for small equal
-    rates. Infinity where even the Nyquist frequency keeps more than half of its power.
+    rates. Infinite if even the Nyquist frequency keeps more than half of its power.
 
     >>> round(cutoff((0.001, 0.001)), 7)
     0.0006439
@@ -241,11 +247,12 @@ def cutoff(rates: Rates) -> float:
 
 
 def _noise_moments(rates: Rates) -> tuple[float, float]:
-    """Return the variance of g, and half that of its step, for white noise of variance 1.
+    """Return the variance of g and half the variance of its increments, for unit white noise.
 
-    ``now[j, k]`` is the covariance of the EMAs j and k at one step, ``lag[j, k]`` that of j a step
-    earlier with k; 0 is the noise itself. All terms are positive, so nothing cancels. The slowest
-    EMA stands last: the difference that makes its step does not cancel either.
+    ``now[j, k]`` is the covariance of the EMAs j and k at the same step, ``lag[j, k]`` that of j
+    one step earlier with k; number 0 is the noise itself. All terms are positive, so nothing
+    cancels. The slowest EMA stands last, so that its increment, a difference, loses no digits
+    either.
     """
     r = np.array([1, *sorted(_checked(rates), reverse=True)])
     p = 1 - r
@@ -275,7 +282,7 @@ def noise_gain(rates: Rates) -> float:
 
 
 def effective_window(rates: Rates) -> float:
-    r"""Return the number of equally weighted gradients that average as well: :math:`1/\sum h^2`.
+    r"""Return how many gradients a plain mean needs for the same noise: :math:`1/\sum_k h_k^2`.
 
     First order :math:`(2-\alpha)/\alpha`; second order about :math:`2(1/\alpha + 1/\gamma)`.
 
@@ -304,13 +311,13 @@ def flip_rate(rates: Rates, snr: float = 0.0) -> float:
               a^2 = \frac{1-\rho_1}{1+\rho_1} = \frac{\alpha}{2-\alpha} \quad\text{or}\quad
               \frac{\alpha\gamma}{(2-\alpha)(2-\gamma)}
 
-    for one or two rates, :math:`\rho_1` being `lag_one_correlation`; exact for any number of them.
-    `flip_rate_limit` holds the short forms for small ``rates``. Two EMAs flip about
+    for one or two rates, with :math:`\rho_1` the `lag_one_correlation`; exact for any number of
+    them. `flip_rate_limit` has the short forms for small ``rates``. Two EMAs flip about
     :math:`\sqrt{\gamma/2}` times as often as the slower one alone.
 
-    A mean gradient of ``snr`` standard deviations lowers the rate to :math:`4\,T(u, a)`, T being
-    Owen's function and u = snr :math:`/\sqrt{\sum h_k^2}` the mean of g over its standard
-    deviation. The formula is open-loop: in a network a flip changes the mean gradient of its
+    A mean gradient of ``snr`` standard deviations lowers the rate to :math:`4\,T(u, a)`, where T
+    is Owen's function and u = snr :math:`/\sqrt{\sum h_k^2}` the mean of g over its standard
+    deviation. The formula is open-loop: in a network, a flip changes the mean gradient of its
     weight. Raises ValueError for a negative ``snr``.
 
     >>> round(flip_rate(0.001), 5), round(flip_rate((0.001, 0.1)), 5)
@@ -325,7 +332,7 @@ def flip_rate(rates: Rates, snr: float = 0.0) -> float:
 
 
 def flip_rate_limit(rates: Rates) -> float:
-    r"""Return the leading term of `flip_rate` for small rates, of one, two or three EMAs.
+    r"""Return the leading term of `flip_rate` for small rates of one, two or three EMAs.
 
     .. math:: \frac{\sqrt{2\alpha}}{\pi}, \qquad \frac{\sqrt{\alpha\gamma}}{\pi}, \qquad
               \frac{1}{\pi}\sqrt{\frac{\alpha\gamma\delta}{\alpha+\gamma+\delta}}
@@ -353,8 +360,8 @@ def flip_rate_nongaussian(alpha: float, absolute_ratio: float) -> float:
     ``absolute_ratio`` is :math:`E|\nabla|/\sigma`: 0.798 (:math:`\sqrt{2/\pi}`) for a Gaussian, 1
     for :math:`\pm 1`, less for heavy tails or sparse gradients. Raises ValueError outside (0, 1].
     A second EMA nearly removes this dependence, as its own window makes the noise more Gaussian:
-    for :math:`\gamma = 0.1` use `flip_rate`, which simulations undercut by 6 % for Student's t of
-    three degrees of freedom and by 14 % where nine gradients in ten are 0.
+    for :math:`\gamma = 0.1` use `flip_rate`; simulations lie 6 % below it for Student's t with
+    three degrees of freedom, and 14 % below it if nine gradients in ten are 0.
 
     >>> round(flip_rate_nongaussian(0.001, 1.0), 4)
     0.0178
@@ -366,22 +373,23 @@ def flip_rate_nongaussian(alpha: float, absolute_ratio: float) -> float:
 
 
 def bop_flip_rate(gamma: float, threshold: float, sigma: float = 1.0) -> float:
-    r"""Return the flips per step of a Bop weight under white Gaussian noise: a threshold's effect.
+    r"""Return the flips per step of a Bop weight whose gradient is white Gaussian noise.
 
     Bop (Helwegen et al., NeurIPS 2019, Algorithm 2) flips w where w m > ``threshold``
-    :math:`\tau`, m an EMA of rate ``gamma``. For :math:`\tau = 0` the rate is that of `flip_rate`;
-    else a flip takes a journey of m from one threshold to the other, which for a discrete
-    Ornstein-Uhlenbeck process of noise ``sigma`` :math:`\sigma` makes
+    :math:`\tau`, with m an EMA of rate ``gamma``. For :math:`\tau = 0` the rate is that of
+    `flip_rate`. Otherwise m has to travel from one threshold to the other between two flips, which
+    for a discrete Ornstein-Uhlenbeck process driven by noise of standard deviation ``sigma``
+    :math:`\sigma` gives
 
     .. math:: \frac{\gamma}{\sqrt{2\pi}\int_0^c e^{u^2/2} du}
               = \frac{\gamma}{\pi \operatorname{erfi}(c/\sqrt 2)}, \qquad
               c = \frac{\tau + 0.5826\,\gamma\sigma}{\sigma\sqrt{\gamma/(2-\gamma)}}
 
-    flips per step. The 0.5826 :math:`= -\zeta(1/2)/\sqrt{2\pi}` accounts for the overshoot of a
-    discrete walk. An approximation of ours for small ``gamma``: for :math:`\tau \ge
-    \gamma\sigma/2` within 0.5 % at ``gamma`` = 0.01 and 4 % at 0.1; as :math:`\tau \to 0` it is
-    8 % too high. Raises ValueError for a negative ``threshold`` or a ``sigma`` that is not
-    positive.
+    flips per step. The constant 0.5826 :math:`= -\zeta(1/2)/\sqrt{2\pi}` accounts for the
+    overshoot of a discrete walk. This is our own approximation for small ``gamma``: for
+    :math:`\tau \ge \gamma\sigma/2` it is within 0.5 % at ``gamma`` = 0.01 and 4 % at 0.1; as
+    :math:`\tau \to 0` it is 8 % too high. Raises ValueError for a negative ``threshold`` or a
+    ``sigma`` that is not positive.
 
     >>> round(bop_flip_rate(0.001, 0.0), 4), round(bop_flip_rate(0.001, 1e-6, 1.7e-4), 4)
     (0.0142, 0.0014)
@@ -401,8 +409,8 @@ def bop_flip_rate(gamma: float, threshold: float, sigma: float = 1.0) -> float:
 def same_noise_alpha(rates: Rates) -> float:
     r"""Return the rate of the single EMA with the same `noise_gain` G: :math:`2G/(1+G)`.
 
-    It errs and reacts as the cascade does (`wrong_sign_probability`, `reaction_delay`), but flips
-    more often.
+    It errs as often and reacts about as fast as the cascade (`wrong_sign_probability`,
+    `reaction_delay`), but flips more often.
 
     >>> round(same_noise_alpha((0.001, 0.1)), 7)
     0.0009906
@@ -414,8 +422,8 @@ def same_noise_alpha(rates: Rates) -> float:
 def same_flip_rate_alpha(rates: Rates) -> float:
     r"""Return the rate of the single EMA with the same `flip_rate`: :math:`1 - \rho_1`.
 
-    For two rates :math:`\alpha\gamma/(1 + pq)`, about :math:`\alpha\gamma/2`: it reacts about
-    :math:`2/\gamma` times as slowly as the cascade.
+    For two rates it is :math:`\alpha\gamma/(1 + pq)`, about :math:`\alpha\gamma/2`: such an EMA
+    takes about :math:`2/\gamma` times as long as the cascade to react.
 
     >>> round(same_flip_rate_alpha((0.001, 0.1)), 8)
     5.266e-05
@@ -429,10 +437,10 @@ def wrong_sign_probability(rates: Rates, snr: float, steps: ArrayLike | None = N
 
     .. math:: \Phi\left(-\mathrm{snr}\,(2 s_k - 1)\,/\sqrt{\textstyle\sum h^2}\right)
 
-    ``snr`` is the mean over the standard deviation of the gradient of one step. ``steps`` are the
-    steps k since the mean turned round, 0 its first gradient, and :math:`s_k` is `step_response`;
-    ``None`` means long ago, :math:`s_k = 1`. Shape of ``steps``. Raises ValueError for a negative
-    ``snr`` or step.
+    ``snr`` is the mean of a single step's gradient over its standard deviation. ``steps`` are the
+    steps k since the mean reversed, with 0 for the first gradient of the new sign, and :math:`s_k`
+    is `step_response`; ``None`` means long ago, :math:`s_k = 1`. The result has the shape of
+    ``steps``. Raises ValueError for a negative ``snr`` or step.
 
     >>> wrong_sign_probability((0.001, 0.1), 0.02, [0, 701, 10_000]).round(2).tolist()
     [0.82, 0.5, 0.18]
@@ -450,11 +458,11 @@ def steps_remembered(rates: Rates, start: float, sigma: float = 1.0) -> float:
     .. math:: i^* = \frac{\ln\left(|g_0|\,/\,(\sigma\sqrt{\sum h^2})\right)}{-\ln(1-\alpha)}
               \approx \frac{1}{\alpha} \ln\frac{\lambda |w_0| \sqrt{N}}{\sigma}
 
-    There :math:`g_0 (1-\alpha)^i` has sunk to the standard deviation of the filtered noise.
-    ``start`` is :math:`|g_0| = \lambda |w_0|`, :math:`\alpha` the first of ``rates``, ``sigma``
-    the gradient's standard deviation :math:`\sigma`, N `effective_window`. A weight trained for
-    fewer steps hardly flips. 0 if the start is small. Raises ValueError unless
-    ``start`` is 0 or more and ``sigma`` is positive.
+    After these steps :math:`|g_0| (1-\alpha)^i` has decayed to the standard deviation of the
+    filtered noise. ``start`` is :math:`|g_0| = \lambda |w_0|`, :math:`\alpha` the first of
+    ``rates``, ``sigma`` the gradient's standard deviation :math:`\sigma`, and N the
+    `effective_window`. A weight trained for fewer steps hardly flips. Returns 0 if ``start`` is
+    below that noise. Raises ValueError unless ``start`` is 0 or more and ``sigma`` is positive.
 
     >>> round(steps_remembered(0.001, start=1.0))
     3798
@@ -472,11 +480,11 @@ def steps_remembered(rates: Rates, start: float, sigma: float = 1.0) -> float:
 def decaying_cascade(gradients: ArrayLike, alphas: Sequence[float], gamma: float) -> NDArray:
     r"""Return the filtered gradients :math:`g_i` under :math:`\alpha`-decay: two EMAs, literally.
 
-    :math:`g_i = (1-\alpha_i)\, g_{i-1} + \alpha_i m_i`, with m the EMA of ``gradients`` of rate
-    ``gamma``, g and m starting at 0. ``gradients``: (steps, ...); ``alphas``: one rate a step, as
-    a learning-rate schedule with a fixed weight decay makes it. The order of the two EMAs now
-    matters; this one is that of Quist et al.'s released optimizer. Raises ValueError unless there
-    is one alpha per step.
+    :math:`g_i = (1-\alpha_i)\, g_{i-1} + \alpha_i m_i`, with m the EMA of ``gradients`` with rate
+    ``gamma``; g and m start at 0. ``gradients``: (steps, ...); ``alphas``: one rate per step, as
+    from a learning-rate schedule with a fixed weight decay. The order of the two EMAs now matters;
+    this is the order in Quist et al.'s released optimizer. Raises ValueError unless there is one
+    alpha per step.
 
     >>> decaying_cascade([8.0, 8.0], [0.5, 0.25], gamma=0.5).tolist()
     [2.0, 3.0]
@@ -492,15 +500,15 @@ def decaying_cascade(gradients: ArrayLike, alphas: Sequence[float], gamma: float
 
 
 def freeze_point(alphas: Sequence[float]) -> int:
-    r"""Return the first step from which the decaying rates that are left sum to at most 1.
+    r"""Return the first step from which the remaining decaying rates sum to at most 1.
 
     .. math:: \min\Big\{ t : \sum_{i \ge t} \alpha_i \le 1 \Big\}
 
-    Before it g forgets as it goes, and flips follow `flip_rate` of the current alpha; from it on
-    g no longer forgets what it holds, and the flips die out sooner than the law says. The share of
-    T steps that follow it is :math:`\sqrt{2/(\alpha_0 T)}` when alpha falls linearly to 0 and
-    about :math:`(12/(\pi^2\alpha_0 T))^{1/3}` along a cosine; for an alpha held constant it is the
-    last :math:`1/\alpha` steps. Returns 0 if all ``alphas`` together sum to less. Raises
+    Before this step g keeps forgetting, and flips follow `flip_rate` of the current alpha; from
+    there on g no longer forgets what it holds, and flips die out sooner than that law says. Out of
+    T steps, a fraction of :math:`\sqrt{2/(\alpha_0 T)}` follows it when alpha falls linearly to 0,
+    and about :math:`(12/(\pi^2\alpha_0 T))^{1/3}` along a cosine; for a constant alpha it is the
+    last :math:`1/\alpha` steps. Returns 0 if all ``alphas`` together sum to at most 1. Raises
     ValueError unless there is at least one rate and all are from 0 to 1.
 
     >>> freeze_point([0.5, 0.5, 0.5, 0.25, 0.25])
@@ -519,9 +527,9 @@ def decaying_direct_form(alphas: Sequence[float], gamma: float) -> list[tuple[ND
     .. math:: g_i = \alpha_i\gamma\nabla_i + [(1-\alpha_i) + (1-\gamma) r_i]\, g_{i-1}
               - (1-\gamma)(1-\alpha_{i-1})\, r_i\, g_{i-2}, \qquad r_i = \alpha_i/\alpha_{i-1}.
 
-    One pair for each of ``alphas``, to be run by `time_varying_filter`. Putting
+    There is one pair for each of ``alphas``; `time_varying_filter` runs them. To put
     :math:`\alpha_i` into the recursion for constant rates, ``ema_cascade(alphas[i], gamma)``,
-    leaves out :math:`r_i` and is wrong as soon as :math:`\alpha` changes.
+    would leave out :math:`r_i`, and is wrong as soon as :math:`\alpha` changes.
 
     >>> [(b.tolist(), a.tolist()) for b, a in decaying_direct_form([0.5, 0.25], 0.5)]
     [([0.25], [1.0, -1.0, 0.25]), ([0.125], [1.0, -1.0, 0.125])]
@@ -537,11 +545,12 @@ def decaying_direct_form(alphas: Sequence[float], gamma: float) -> list[tuple[ND
 def time_varying_filter(
     coefficients: Iterable[tuple[ArrayLike, ArrayLike]], gradients: ArrayLike
 ) -> NDArray:
-    r"""Return the gradients after a recursion whose coefficients (b, a) may change at each step.
+    r"""Filter gradients by a recursion whose coefficients (b, a) may change at each step.
 
     :math:`g_i = b_0 \nabla_i - a_1 g_{i-1} - a_2 g_{i-2} - \dots`, from g = 0 on.
-    ``coefficients``: one pair (b, a) a step, b with one entry, :math:`a_0 = 1`, all of one length;
-    ``gradients``: (steps, ...). Raises ValueError unless there is one pair per step.
+    ``coefficients``: one pair (b, a) per step, where b has one entry, :math:`a_0 = 1`, and all a
+    have the same length; ``gradients``: (steps, ...). Raises ValueError unless there is one pair
+    per step.
 
     >>> time_varying_filter([ema_cascade(0.5)] * 3, [8.0, 0.0, 8.0]).tolist()
     [4.0, 2.0, 5.0]
@@ -559,7 +568,7 @@ def time_varying_filter(
 
 
 def _sgd_step(lr, momentum, weight_decay, dampening, nesterov) -> float:
-    """Return the factor of the gradient in SGD's momentum, times lr; refuse what torch refuses."""
+    """Return lr times the gradient's factor in the momentum buffer; check SGD's settings."""
     if not (lr > 0 and 0 <= momentum < 1 and weight_decay >= 0 and 0 <= dampening < 1):
         raise ValueError(
             "need lr > 0, 0 <= momentum < 1, weight_decay >= 0 and 0 <= dampening < 1, not "
@@ -574,8 +583,8 @@ def critical_damping(momentum: float, nesterov: bool = False) -> float:
     r"""Return the largest product lr · weight_decay for which SGD is a cascade of EMAs.
 
     :math:`(1 - \sqrt\mu)^2` for ``momentum`` :math:`\mu`, and
-    :math:`\left(\frac{1-\mu}{1+\mu}\right)^2` with Nesterov's. Above it the poles are complex: the
-    filter rings. Raises ValueError for a ``momentum`` outside [0, 1).
+    :math:`\left(\frac{1-\mu}{1+\mu}\right)^2` for Nesterov momentum. Above it the poles are
+    complex: the filter rings. Raises ValueError for a ``momentum`` outside [0, 1).
 
     >>> round(critical_damping(0.9), 5), round(critical_damping(0.9, nesterov=True), 5)
     (0.00263, 0.00277)
@@ -591,18 +600,18 @@ def sgd_filter(
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     r"""Return ``torch.optim.SGD`` as a filter (b, a) from gradients to latent weights, from w = 0.
 
-    torch puts the weight decay into the momentum buffer, which has no factor :math:`1-\mu`:
+    torch adds the weight decay to the momentum buffer, which has no factor :math:`1-\mu`:
 
     .. math:: \frac{-\eta(1-\tau)}{1 - (1+\mu-\eta(1-\tau)\lambda)z^{-1} + \mu z^{-2}}
-              \quad\text{or, Nesterov's,}\quad \frac{-\eta[(1+\mu) - \mu z^{-1}]}
+              \quad\text{or, for Nesterov momentum,}\quad \frac{-\eta[(1+\mu) - \mu z^{-1}]}
               {1 - (1+\mu)(1-\eta\lambda)z^{-1} + \mu(1-\eta\lambda)z^{-2}}
 
     with ``lr`` :math:`\eta`, ``momentum`` :math:`\mu`, ``weight_decay`` :math:`\lambda`,
     ``dampening`` :math:`\tau`. The gain at frequency 0 is :math:`-1/\lambda`: the latent weight is
-    :math:`-1/\lambda` times a filtered gradient g; with `sgd_rates` it is
-    :math:`w_i = -g_i/\lambda`. torch does not dampen the first gradient, which the filter must see
-    divided by :math:`1-\tau`. Raises ValueError for settings that torch refuses, for a momentum
-    of 1 or more and for a dampening outside [0, 1).
+    :math:`w_i = -g_i/\lambda` for a filtered gradient g, which without Nesterov momentum is that
+    of a cascade with the rates of `sgd_rates`. torch does not dampen the first gradient; to
+    reproduce that, divide it by :math:`1-\tau` before filtering. Raises ValueError for settings
+    that torch refuses, for a momentum of 1 or more and for a dampening outside [0, 1).
 
     >>> b, a = sgd_filter(0.5, momentum=0.5, weight_decay=0.25)
     >>> b.tolist(), a.tolist()
@@ -630,10 +639,11 @@ def sgd_rates(
     :math:`\eta\lambda` at a momentum of 0.9. Nesterov's filter also has a zero. alpha is 0 without
     weight decay: a running sum.
 
-    The two are complex (a conjugate pair of the type ``complex``) where :math:`\eta\lambda`
-    exceeds `critical_damping`; no cascade of EMAs equals that filter, and all functions that take
-    ``rates`` refuse it. For absurd products, above :math:`(1+\sqrt\mu)^2` or Nesterov's 1, they
-    are real again, but not both at most 1.
+    The two are complex (a conjugate pair of type ``complex``) where :math:`\eta\lambda` exceeds
+    `critical_damping`: no cascade of EMAs equals that filter, and all functions that take
+    ``rates`` refuse them. For absurdly large products, above :math:`(1+\sqrt\mu)^2`, or above 1
+    for Nesterov momentum, they are real again, but not both at most 1. Raises ValueError as
+    `sgd_filter` does.
 
     >>> alpha, gamma = sgd_rates(0.1, momentum=0.9, weight_decay=1e-4)
     >>> round(alpha, 8), round(gamma, 5)

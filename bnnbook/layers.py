@@ -1,4 +1,4 @@
-"""Layers whose weights are binary when they are multiplied, and what stands around them.
+"""Layers that multiply with binary weights, and the layers and losses that surround them.
 
 Three kinds of weight, three words: a *latent* weight is real and only its sign is used, a *binary*
 weight is exactly -1 or +1, a *real* weight is an ordinary parameter.
@@ -18,15 +18,15 @@ QUANTIZED = ("weight_quantizer", "input_quantizer")
 
 
 class BinaryLayer:
-    """What binary layers share: a trained ``weight``, and the binary one made from it.
+    """Base class of binary layers: a trained ``weight`` and the binary weight made from it.
 
     ``weight`` is latent (real) when ``weight_quantizer`` is set, exactly -1 or +1 when it is None.
     In the latter case only an optimizer that flips signs may train it (`optim.Bop`,
-    `optim.CascadedEMA`), and loading other values than ±1 raises RuntimeError.
+    `optim.CascadedEMA`), and loading values other than ±1 raises RuntimeError.
 
-    To make another layer of torch binary, inherit from this class and then from the layer, call
-    `set_quantizers` once the weight is there, and use `quantized_input` and `binary_weight` in
-    ``forward``. The optimizers, probes and functions of the library then know it.
+    To make another torch layer binary, inherit from this class first and from the layer second,
+    call `set_quantizers` once the weight exists, and use `quantized_input` and `binary_weight` in
+    ``forward``. The library's optimizers and probes then recognise the layer.
     """
 
     weight: nn.Parameter
@@ -44,7 +44,7 @@ class BinaryLayer:
     def set_quantizers(self, weight_quantizer: Quantizer | None, input_quantizer) -> None:
         """Set the quantizers; a layer without a weight quantizer gets weights of exactly ±1.
 
-        Raises TypeError for what is neither a function nor None, a quantizer's name for example.
+        Raises TypeError unless each is a function or None; a quantizer's name is not enough.
         """
         for kind, quantizer in zip(QUANTIZED, (weight_quantizer, input_quantizer), strict=True):
             if quantizer is not None and not callable(quantizer):
@@ -62,11 +62,12 @@ class BinaryLayer:
             # the quantizer is not set yet while torch's own constructor runs
             if getattr(self, "weight_quantizer", self) is None:
                 self.weight.copy_(sign(self.weight))
-            if getattr(self, "bias", None) is not None:  # a layer of one's own may have none
+            if getattr(self, "bias", None) is not None:  # a user's layer may lack the attribute
                 self.bias.zero_()
 
     def __setattr__(self, name: str, value) -> None:
-        # nn.Module takes no function where a module stands, and a quantizer may be either
+        # a quantizer may be a module or a function; nn.Module would refuse to replace one by the
+        # other
         if name in QUANTIZED:
             self.__dict__.get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
@@ -78,7 +79,7 @@ class BinaryLayer:
             errors.append(f"{prefix}weight must be exactly ±1 without a weight_quantizer; to take "
                           "the signs of latent weights, load them into a layer that has one, then "
                           "call set_quantizers(None, ...)")  # fmt: skip
-            rest = (rest[0], False, *rest[2:])  # not strict: the weight is left out on purpose
+            rest = (rest[0], False, *rest[2:])  # strict=False: the weight is left out on purpose
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -101,8 +102,9 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     r"""Multiply by binary weights: :math:`y = q_x(x)\, q_w(W)^\top + b`.
 
     Input (..., in_features), output (..., out_features). :math:`q_w` is ``weight_quantizer``;
-    None says that ``weight`` itself is and stays binary. :math:`q_x` is ``input_quantizer``; None
-    leaves the input real. ``bias`` is off: batch normalisation, which usually follows, has one.
+    with None, ``weight`` itself is binary and stays so. :math:`q_x` is ``input_quantizer``; None
+    leaves the input real. ``bias`` is off by default: batch normalisation, which usually follows,
+    has one.
 
     >>> layer = BinaryLinear(3, 2)
     >>> sorted(set(layer.binary_weight().flatten().tolist())) in ([-1.0], [1.0], [-1.0, 1.0])
@@ -125,9 +127,9 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
     Input (N, in_channels, H, W), output (N, out_channels, H', W') as in `torch.nn.Conv2d`; the
     quantizers are those of `BinaryLinear`.
 
-    ``padding_value`` fills the border of the quantized input. 0, as in the papers' codes, adds a
-    third value to a binary input; 1 or -1 keep it binary. Others raise ValueError, and so does a
-    value together with a ``padding_mode`` other than ``"zeros"``.
+    ``padding_value`` fills the border of the quantized input. 0, as in the papers' code, adds a
+    third value to a binary input; 1 and -1 keep it binary. Raises ValueError for any other value,
+    and for 1 or -1 with a ``padding_mode`` other than ``"zeros"``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, *, stride=1, padding=0,
@@ -159,7 +161,7 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def extra_repr(self) -> str:
-        """Add the padding value, if it is not torch's, to what torch prints."""
+        """Add a padding value other than 0 to what torch prints."""
         padded = f", padding_value={self.padding_value}" if self.padding_value else ""
         return super().extra_repr() + padded
 
@@ -190,7 +192,7 @@ class _WinnerTakesAll(torch.autograd.Function):
 
 
 class ExpertBinaryConv2d(BinaryConv2d):
-    r"""Convolve each sample with one of several binary weights, which its own input chooses.
+    r"""Convolve each sample with one of several binary kernels, chosen by a gate on its input.
 
     .. math::
 
@@ -199,8 +201,8 @@ class ExpertBinaryConv2d(BinaryConv2d):
 
     where :math:`\bar x` is the mean of the real input over its positions, and :math:`\omega, c`
     is ``gate``, a real linear layer (expert binary networks, equations 2, 3 and 5; the constant c
-    is in the code only). The winner takes all: one expert fires for each sample, the first of
-    equal ones. On the way back only the winner's weights get a gradient, but all scores do, as if
+    is in the code only). The winner takes all: one expert fires for each sample, the first one on
+    a tie. In the backward pass only the winner's weights get a gradient, but all scores do, as if
     :math:`\sum_j s_j\, q_w(W_j)` had been used with :math:`s = \operatorname{softmax}(z / T)`, T =
     ``temperature``:
 
@@ -209,13 +211,14 @@ class ExpertBinaryConv2d(BinaryConv2d):
         \frac{\partial L}{\partial z_j} = \frac{s_j}{T} \Big(g_j - \sum_i s_i\, g_i\Big), \qquad
         g_j = \Big\langle \frac{\partial L}{\partial q_w(W_k)},\ q_w(W_j) \Big\rangle .
 
-    Equation 4 means this softmax; with the one-hot choice it would be 0. Equal experts, as
-    `replicate` makes them, give the gate a gradient of exactly 0.
+    We read equation 4 as this softmax; with the one-hot choice the gradient would be 0. Equal
+    experts, as `replicate` makes them, give the gate a gradient of exactly 0.
 
     ``weight`` has the shape (experts, out_channels, in_channels // groups, kh, kw); the weight
     quantizer sees the first two as one, so that each output channel of each expert has its own
-    scale. ``bias`` is shared. Input and output as in `BinaryConv2d`, but always with N. Numbers of
-    experts and temperatures that are not positive, and other inputs, raise ValueError.
+    scale. ``bias`` is shared. Input and output are those of `BinaryConv2d`; the batch dimension is
+    required. Raises ValueError unless ``experts`` and ``temperature`` are positive, and for an
+    input of another shape.
 
     Source: Bulat, Martinez, Tzimiropoulos, ICLR 2021 (read as arXiv 2010.03558v1).
     """
@@ -249,7 +252,7 @@ class ExpertBinaryConv2d(BinaryConv2d):
         return y.reshape(samples, self.out_channels, *y.shape[2:])
 
     def _chosen(self, scores: Tensor, experts: Tensor) -> Tensor:
-        """Return each sample's kernel, (N, numbers in a kernel); here the gate learns."""
+        """Return each sample's flattened kernel, (N, kernel size); here the gate learns."""
         return _WinnerTakesAll.apply(scores, experts, self.temperature)
 
     def binary_weight(self) -> Tensor:
@@ -260,16 +263,16 @@ class ExpertBinaryConv2d(BinaryConv2d):
 
     @torch.no_grad()
     def selected(self, x: Tensor) -> Tensor:
-        """Return which expert fires for each sample of x: (N,), integers from 0."""
+        """Return the index of the expert that fires for each sample of x, shape (N,)."""
         return self._scores(x).argmax(1)
 
     @torch.no_grad()
     def replicate(self, index: int = 0) -> None:
-        """Give all experts the weights of one, the paper's start; the gate stays as it is."""
+        """Copy one expert's weights to all, as the paper starts; the gate stays as it is."""
         self.weight.copy_(self.weight[index].clone())
 
     def _apply(self, fn, recurse: bool = True):
-        # to(memory_format=torch.channels_last) converts five dimensions too, and fails on them
+        # to(memory_format=torch.channels_last) would also convert five dimensions, and fail
         shape = self.weight.shape
         for tensor in (self.weight, self.weight.grad):
             if tensor is not None:
@@ -292,16 +295,17 @@ class ExpertBinaryConv2d(BinaryConv2d):
 
 
 def _over_channels(values: Tensor, x: Tensor) -> Tensor:
-    """Return values, one for each channel, in a shape and dtype that fit x of (N, C, ...)."""
+    """Return per-channel values in x's dtype, shaped to broadcast over x of (N, C, ...)."""
     return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
 
 class LearnableShift(nn.Module):
     r"""Add a learned number to each channel: :math:`y = x + b_c`, with b = ``shift``.
 
-    Before a sign, -b is a learned threshold. Input and output (N, channels, ...); b starts at 0.
+    In front of a sign, -b is a learned threshold. Input and output (N, channels, ...); b starts
+    at 0.
 
-    Source: ReActNet's RSign (Liu et al., ECCV 2020; recalled), which is this shift, then the sign.
+    Source: ReActNet's RSign (Liu et al., ECCV 2020; recalled): this shift, followed by the sign.
     """
 
     def __init__(self, channels: int):
@@ -338,8 +342,8 @@ class RPReLU(nn.Module):
 class ChannelScale(nn.Module):
     r"""Multiply each channel by a learned number: :math:`y = a_c\, x`, with a = ``scale``.
 
-    Input and output (N, channels, ...); a starts at 1. After a binary convolution it is what
-    XNOR-Net's analytic scale became: learned by backpropagation.
+    Input and output (N, channels, ...); a starts at 1. After a binary convolution it takes the
+    place of XNOR-Net's analytic scale, and is learned by backpropagation.
 
     Source: Bulat, Martinez, Tzimiropoulos, ICLR 2021, equation 1.
     """
@@ -358,11 +362,11 @@ class DataDrivenScale(nn.Module):
 
     .. math:: G(x) = \sigma\big(V \max(0,\ U \bar x)\big)
 
-    with :math:`\bar x` the mean of the real, pre-sign input over its positions, U (hidden,
-    in_channels) and V (out_channels, hidden), without biases, and the logistic :math:`\sigma`.
-    hidden is ``out_channels // reduction``, at least 1. Input (N, in_channels, H, W), output
-    (N, out_channels, 1, 1): multiply the convolution's output by it. A ``reduction`` below 1
-    raises ValueError.
+    with :math:`\bar x` the mean of the real, pre-sign input over its positions, matrices U
+    (hidden, in_channels) and V (out_channels, hidden) without biases, and the logistic function
+    :math:`\sigma`; hidden is ``out_channels // reduction``, at least 1. Input (N, in_channels, H,
+    W), output (N, out_channels, 1, 1), by which the convolution's output is multiplied. Raises
+    ValueError for a ``reduction`` below 1.
 
     Source: Real-to-Binary (Martinez et al., ICLR 2020), where r = 8 is ``reduction``.
     """
@@ -381,20 +385,21 @@ class DataDrivenScale(nn.Module):
 
 
 class LocalResponseNorm(nn.Module):
-    r"""Divide each activation by the activity of its neighbouring channels, at the same place.
+    r"""Divide each activation by the activity of neighbouring channels at the same position.
 
     .. math::
 
         b^i = a^i \Big/ \Big(k + \alpha \sum_{j = \max(0,\, i - n/2)}^{\min(C - 1,\, i + n/2)}
         (a^j)^2\Big)^{\beta}
 
-    n = ``size`` channels are summed, fewer at the ends; an even or negative one raises ValueError.
-    There is no :math:`\alpha / n` as in `torch.nn.LocalResponseNorm` and in AlexNet's released
-    code: for what the code ran, pass ``alpha=2e-5``. Input and output (N, C, ...); half precision
-    is computed in float32, because in float16 the square of 256 overflows.
+    The sum runs over n = ``size`` channels, fewer at the ends. :math:`\alpha` is not divided by n,
+    unlike in `torch.nn.LocalResponseNorm` and in AlexNet's released code: for what that code ran,
+    pass ``alpha=2e-5``. Input and output (N, C, ...); half precision is computed in float32,
+    because in float16 the square of 256 overflows. Raises ValueError unless ``size`` is odd and
+    positive.
 
-    On activations of order 1 it only divides by :math:`k^\beta`; it was made for pixels from 0 to
-    255.
+    On activations of order 1 it does little but divide by :math:`k^\beta`: it was made for pixels
+    from 0 to 255.
 
     Source: AlexNet (Krizhevsky, Sutskever, Hinton, NIPS 2012), section 3.3.
     """
@@ -427,10 +432,10 @@ def binary_layers(model: nn.Module) -> Iterator[BinaryLayer]:
 
 @contextmanager
 def quantized_by(model: nn.Module, weight_quantizer: Quantizer):
-    """Run every latent-weight layer of the model with another quantizer, inside a with block.
+    """Inside a with block, run every latent-weight layer of the model with another quantizer.
 
-    BinaryConnect's three ways to run a trained network are ``real_weight``, ``ste_sign`` and
-    ``stochastic_sign`` here. Layers without latent weights are left alone. Batch-norm statistics
+    BinaryConnect's three methods of test-time inference are ``ste_sign``, ``real_weight`` and
+    ``stochastic_sign``. Layers without latent weights are left alone. Batch-norm statistics
     belong to the weights they were collected under: see `training.reestimate_batchnorm`.
     """
     layers = [layer for layer in binary_layers(model) if layer.weight_quantizer is not None]
@@ -447,7 +452,7 @@ def quantized_by(model: nn.Module, weight_quantizer: Quantizer):
 def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:
     r"""Clip latent weights in place: :math:`w \leftarrow \max(-b, \min(b, w))`, b = ``bound``.
 
-    BinaryConnect does so after each update: beyond :math:`\pm 1` a weight would grow without any
+    BinaryConnect does this after each update: beyond :math:`\pm 1` a weight would grow without any
     effect on its binary value. Weights without a quantizer are already binary and are not touched.
     """
     with torch.no_grad():
@@ -457,12 +462,13 @@ def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:
 
 
 class SquaredHingeLoss(nn.Module):
-    r"""Squared hinge loss of one-against-all targets: :math:`\max(0,\ 1 - t\,y)^2`.
+    r"""Squared hinge loss for one-against-all targets: :math:`\max(0,\ 1 - t\,y)^2`.
 
     :math:`t = +1` for the right class and -1 for the others. Input: outputs y of shape
     (N, classes) and integer targets (N,). ``reduction="mean"`` averages over batch and classes
     (BinaryConnect's released code); ``"batchmean"`` sums over classes and averages over the batch
-    (its earlier code). They differ by a factor of ``classes``, which SGD feels and ADAM does not.
+    (its earlier code). The two differ by a factor of ``classes``, which matters to SGD but not to
+    ADAM. Raises ValueError for any other ``reduction``.
 
     >>> SquaredHingeLoss()(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([0, 1]))
     tensor(0.5000)
@@ -485,7 +491,8 @@ def attention_map(features: Tensor) -> Tensor:
     r"""Return where a feature map is active: :math:`Q / \lVert Q \rVert_2`, (N, H · W), float32.
 
     :math:`Q_p = \sum_c A_{c,p}^2` sums over the channels of A = ``features`` (N, C, H, W) at each
-    position p. A positive factor on A drops out; a map of zeros stays zero.
+    position p. A positive factor on A drops out; a map of zeros stays zero. Raises ValueError for
+    features of another shape.
 
     Source: Real-to-Binary (Martinez et al., ICLR 2020). larq divides by the maximum instead.
 
@@ -499,19 +506,20 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_matching(students: Iterable[Tensor], teachers: Iterable[Tensor]) -> Tensor:
-    r"""Return the distance of two networks' attention maps, summed over the places compared.
+    r"""Return the distance between two networks' attention maps, summed over the layers compared.
 
     .. math::
 
         L_{att} = \sum_j \Big\lVert \frac{Q_S^j}{\lVert Q_S^j \rVert_2} -
         \frac{Q_T^j}{\lVert Q_T^j \rVert_2} \Big\rVert_2
 
-    with the `attention_map` of the student's and the teacher's features at each place j; the mean
-    over the N samples. Features are (N, C, H, W); the numbers of channels may differ. No gradient
-    goes to the teacher. Lists of different lengths, and maps of different sizes, raise ValueError.
+    with the `attention_map` of the student's and the teacher's features at each layer j, averaged
+    over the N samples. Features are (N, C, H, W); the numbers of channels may differ. The teacher
+    gets no gradient. Raises ValueError for lists that are empty or of different lengths, and for
+    maps of different sizes.
 
-    Source: Real-to-Binary (Martinez et al., ICLR 2020); the places are the ends of blocks. That
-    the norm is not squared and the samples are averaged is our reading.
+    Source: Real-to-Binary (Martinez et al., ICLR 2020), at the ends of blocks. That the norm is
+    not squared and that samples are averaged is our reading.
     """
     distances = []
     for student, teacher in zip(students, teachers, strict=True):
@@ -526,11 +534,11 @@ def attention_matching(students: Iterable[Tensor], teachers: Iterable[Tensor]) -
 
 
 def bipolar_penalty(weights: Iterable[Tensor], strength: float) -> Tensor:
-    r"""Return :math:`\lambda \sum_i (1 - w_i^2)`, which is least where all weights are ±1.
+    r"""Return :math:`\lambda \sum_i (1 - w_i^2)`; for weights in [-1, 1] it is least at ±1.
 
-    :math:`\lambda` = ``strength``, not negative; all ``weights`` are taken together. Its gradient
-    is :math:`-2 \lambda w`, that of weight decay with a negative rate: without clipping to
-    [-1, 1] every weight but 0 runs away. No weights raise ValueError.
+    :math:`\lambda` = ``strength``; the sum runs over all tensors in ``weights``. Its gradient is
+    :math:`-2 \lambda w`, that of a negative weight decay: without clipping to [-1, 1], every
+    weight but 0 runs away. Raises ValueError for a negative ``strength`` and for no weights.
 
     Source: Tang, Hua, Wang, AAAI 2017, through notes on the paper; its value of :math:`\lambda`
     is not known to us.
@@ -549,15 +557,15 @@ def bipolar_penalty(weights: Iterable[Tensor], strength: float) -> Tensor:
 class ElasticLink(nn.Module):
     r"""Add a convolution's real input to its output: :math:`z = y + \gamma\, s(x)`.
 
-    x (N, in_channels, H, W) is what the binary convolution's sign was taken of and y
-    (N, out_channels, H, W) what came out. :math:`\gamma` = ``balance`` is one learned number. s
-    has no parameters: the identity for equal numbers of channels; to expand, copies of x side by
-    side; to squeeze, the mean over groups of neighbouring channels. Numbers of which neither
-    divides the other, and sizes that differ, raise ValueError.
+    x (N, in_channels, H, W) is the input of the binary convolution before its sign, and y
+    (N, out_channels, H, W) the convolution's output. :math:`\gamma` = ``balance`` is one learned
+    number. s has no parameters: it is the identity for equal numbers of channels, repeats x to
+    expand, and averages groups of neighbouring channels to squeeze. Raises ValueError if neither
+    number of channels divides the other, and if x and y differ in height or width.
 
     Source: the idea of Hu et al. (AAAI 2022), from its abstract: the input, a learned balance,
-    squeeze and expand. Their formulas could not be read; that :math:`\gamma` is one number that
-    starts at 1, and what s does to the channels, is ours.
+    squeeze and expand. We could not read their formulas: that :math:`\gamma` is one number that
+    starts at 1, and what s does to the channels, is our choice.
     """
 
     def __init__(self, in_channels: int, out_channels: int):

@@ -1,16 +1,16 @@
-"""Optimizers of binary weights, which parameters they take, and how fast each may move.
+"""Optimizers for binary weights, the choice of their parameters, and learning-rate scaling.
 
-Three update rules of one family: the gradient is filtered, and a weight that agrees in sign with
-its filtered gradient by more than a threshold flips.
+The three update rules are of one family: the gradient is filtered, and a weight flips when it has
+the sign of its filtered gradient and that gradient exceeds a threshold.
 
 - `Bop` keeps weights of exactly -1 or +1 and one moving average, of rate gamma; any threshold.
 - `CascadedEMA` keeps weights of exactly -1 or +1 and two averages, of rates gamma and alpha, one
   behind the other; threshold 0.
-- `LatentSGD` keeps real (latent) weights, whose sign is used. Started from 0 they are a scaled
-  copy of the cascade's second average, with alpha = lr times weight_decay.
+- `LatentSGD` keeps real (latent) weights, of which the sign is used. Started from 0, they are a
+  scaled copy of the cascade's second average, with alpha = lr times weight_decay.
 
 ``group["lr"]`` is the rate that a torch scheduler decays: alpha of `CascadedEMA`, gamma of `Bop`,
-the learning rate of `LatentSGD`. `rate_as_lr` hands any other rate to a scheduler.
+the learning rate of `LatentSGD`. `rate_as_lr` lets a scheduler set any other rate.
 """
 
 import functools
@@ -27,7 +27,7 @@ Tensors = list[Tensor]
 
 
 def decayed_sum(sums: Tensors, terms: Tensors, decay, scale) -> None:
-    r"""Update in place :math:`x \leftarrow (1 - d)\,x + c\,u`, which all three rules consist of.
+    r"""Update in place :math:`x \leftarrow (1 - d)\,x + c\,u`, of which all three rules are made.
 
     x = ``sums`` and u = ``terms`` are lists of tensors, d = ``decay`` and c = ``scale`` numbers or
     0-dimensional tensors. With c = d, x is the exponential moving average of u with rate d.
@@ -44,7 +44,8 @@ def flip_where(weights: Tensors, filtered: Tensors, threshold) -> None:
     r"""Flip in place the weights with :math:`\theta\,g > \tau`; equality flips nothing.
 
     :math:`\theta` = ``weights`` (±1), g = ``filtered`` gradients, :math:`\tau` = ``threshold``.
-    In arithmetic, not with a mask, so that nothing waits for the device. NaN flips nothing.
+    Written as arithmetic instead of masked assignment, so that nothing waits for the device. NaN
+    flips nothing.
 
     >>> weights = [torch.tensor([1.0, 1.0, -1.0, -1.0])]
     >>> flip_where(weights, [torch.tensor([0.2, -0.2, 0.0, -0.2])], 0.1); weights
@@ -59,10 +60,11 @@ def flip_where(weights: Tensors, filtered: Tensors, threshold) -> None:
 
 
 class FlipOptimizer(torch.optim.Optimizer):
-    """The family: what `Bop`, `CascadedEMA` and `LatentSGD` share around their update rules.
+    """Base class of `Bop`, `CascadedEMA` and `LatentSGD`: all but their update rules.
 
-    A rule says which buffers a weight has (each starts at 0), which numbers of a group its update
-    takes, within which bounds, and how one step changes weights and buffers.
+    A subclass defines ``buffers`` (the names of a weight's buffers, which start at 0), ``check``
+    (the bounds of a group's numbers), ``rates`` (the numbers that a step takes) and ``update``
+    (how a step changes weights and buffers).
     """
 
     lr_name: str  # what the paper calls group["lr"]
@@ -72,7 +74,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         super().__init__(params, _with_lr(defaults, self.lr_name))
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group; its rates are checked, and binary weights become ±1 (0 becomes either)."""
+        """Add a group, after a check of its rates; binary weights become ±1 (0 becomes either)."""
         group = _with_lr(param_group, self.lr_name)
         self.check({**self.defaults, **group})
         super().add_param_group(group)
@@ -82,7 +84,7 @@ class FlipOptimizer(torch.optim.Optimizer):
                 binarize_(weight)
 
     def check_weight(self, weight: Tensor) -> None:
-        """Raise ValueError for a type in which weights of this kind cannot be kept."""
+        """Raise ValueError for a dtype that cannot hold weights of this kind."""
         if not weight.is_floating_point():
             raise ValueError(f"a weight is stored in a floating-point type, not {weight.dtype}")
         if not self.binary and torch.finfo(weight.dtype).bits < 32:
@@ -93,7 +95,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update every weight that has a gradient; returns the closure's loss, if there is one."""
+        """Update every weight that has a gradient; return the closure's loss, if there is one."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -101,19 +103,22 @@ class FlipOptimizer(torch.optim.Optimizer):
             weights, gradients, buffers = self._gather(group)
             if not weights:
                 continue
-            if group["fused"]:  # as tensors, or each new rate would compile anew
+            if group["fused"]:  # rates as tensors: each new number would recompile
                 rates = [torch.tensor(rate, dtype=torch.float64) for rate in rates]
                 _compiled(self.update)(weights, gradients, buffers, *rates)
             elif weights[0].is_cuda:
                 self.update(weights, gradients, buffers, *rates)
-            else:  # one tensor at a time stays in a CPU's cache
+            else:  # on a CPU one tensor at a time, which stays in the cache
                 for one in zip(weights, gradients, *buffers, strict=True):
                     weight, gradient, *states = ([tensor] for tensor in one)
                     self.update(weight, gradient, states, *rates)
         return loss
 
     def _gather(self, group: dict) -> tuple[Tensors, Tensors, list[Tensors]]:
-        """Return weights with a gradient, the gradients, and the list of each buffer."""
+        """Return the weights that have a gradient, their gradients, and their buffers by name.
+
+        The lists of buffers stand in the order of ``buffers``; those that are missing are created.
+        """
         names = self.buffers(group)
         weights = [weight for weight in group["params"] if weight.grad is not None]
         gradients = []
@@ -145,7 +150,7 @@ def _with_lr(group: dict, name: str) -> dict:
 
 
 def _wide(weight: Tensor) -> torch.dtype:
-    """Return the type of a weight's buffers: half precision would lose small updates."""
+    """Return the dtype of a weight's buffers: half precision would lose small updates."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
@@ -158,11 +163,11 @@ def _compiled(update: Callable) -> Callable:
 def binarize_(weight: Tensor) -> Tensor:
     """Replace a weight by its sign, in place; an exact 0 becomes -1 or +1 at random.
 
-    The draw is torch's global generator's. A weight that stayed 0 could never flip.
+    Drawn from torch's global generator. A weight that stayed 0 could never flip.
     """
     zero = weight == 0
     signs = sign(weight)
-    if zero.any():  # otherwise nothing is drawn, and runs of other optimizers can be compared
+    if zero.any():  # otherwise draw nothing: runs with other optimizers stay comparable
         signs = torch.where(zero, stochastic_sign(torch.zeros_like(weight)), signs)
     return weight.copy_(signs)
 
@@ -184,25 +189,24 @@ class CascadedEMA(FlipOptimizer):
         \theta_i &= -\theta_{i-1} \text{ where } g_i\, \theta_{i-1} > 0,
         \text{ else } \theta_{i-1}
 
-    from :math:`m_0 = g_0 = 0`. It is what SGD with momentum and weight decay does to the sign of
-    its latent weights when those start at 0 (see `LatentSGD`). No learning rate, no initial
-    magnitude and no clipping is left; multiplying a weight's gradients by a constant changes
-    nothing.
+    from :math:`m_0 = g_0 = 0`. This is what SGD with momentum and weight decay does to the signs
+    of latent weights that start at 0 (see `LatentSGD`). Learning rate, initial magnitude and
+    clipping drop out; multiplying a weight's gradients by a positive constant changes nothing.
 
-    params: weights of layers with ``weight_quantizer=None``, or groups; they become ±1 here.
-    alpha: :math:`\alpha` in (0, 1]; about 1/alpha steps are remembered. ``group["lr"]``, which any
-    torch scheduler may decay, down to 0.
+    params: weights of layers with ``weight_quantizer=None``, or groups of them; they become ±1.
+    alpha: :math:`\alpha` in (0, 1]; the filter remembers about 1/alpha steps. This is
+    ``group["lr"]``, which any torch scheduler may decay, down to 0.
     gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 makes the filter first-order.
-    fused: compile the update with `torch.compile` into one pass over memory; on a CPU results are
-    the same bit for bit (a GPU's compiler may round a product and a sum together). It takes some
-    seconds for each new set of shapes; after eight sets in one process torch warns and goes on
-    uncompiled.
+    fused: compile the update with `torch.compile` into one pass over memory. On a CPU results are
+    the same bit for bit (a GPU's compiler may round a product and a sum together). Compilation
+    takes some seconds for each new set of shapes; after eight sets in one process torch warns and
+    goes on uncompiled.
 
-    After the first step every weight is minus the sign of its first gradient, so that about half
-    of them flip. Weights without a gradient are left alone. State: two buffers a weight, at least
-    float32: in bfloat16 a filter with alpha below 1/512 can get stuck, and rounding at random
-    costs more than the step (``benchmarks/buffers.py``). Raises ValueError for a rate outside
-    (0, 1].
+    After the first step every weight is minus the sign of its first gradient, so about half of
+    them flip. Weights without a gradient are left alone. State: two buffers per weight, in float32
+    or wider: in bfloat16 a filter with alpha below 1/512 can get stuck, and stochastic rounding
+    costs more than the step itself (``benchmarks/buffers.py``). Raises ValueError for a rate
+    outside (0, 1].
 
     >>> weight = nn.Parameter(torch.tensor([1.0, -1.0, 1.0]))
     >>> optimizer = CascadedEMA([weight], alpha=0.01, gamma=0.1)
@@ -256,16 +260,16 @@ class Bop(FlipOptimizer):
         \text{ else } w_{t-1}
 
     from :math:`m_0 = 0`. The paper's equation 6 has :math:`\ge`, its algorithm 2 and this class
-    :math:`>`; the released code sets a tie to +1, here a tie keeps its weight.
-    With ``threshold=0`` it is `CascadedEMA` with gamma = 1 and this gamma as alpha.
+    :math:`>`. On a tie the released code sets the weight to +1; here it stays as it is. With
+    ``threshold=0`` this is `CascadedEMA` with gamma = 1 and this gamma as alpha.
 
-    params: weights of layers with ``weight_quantizer=None``, or groups; they become ±1 here.
-    gamma: :math:`\gamma`, the adaptivity rate, in (0, 1]; ``group["lr"]``, which any torch
+    params: weights of layers with ``weight_quantizer=None``, or groups of them; they become ±1.
+    gamma: :math:`\gamma`, the adaptivity rate, in (0, 1]. This is ``group["lr"]``, which any torch
     scheduler may decay, down to 0.
     threshold: :math:`\tau \ge 0`, in units of the gradient (the loss's scale matters).
     fused: as for `CascadedEMA`.
 
-    State: one buffer a weight. Raises ValueError for a rate outside (0, 1] or a threshold < 0.
+    State: one buffer per weight. Raises ValueError for a rate outside (0, 1] or a threshold < 0.
 
     >>> weight = nn.Parameter(torch.tensor([1.0, 1.0, -1.0]))
     >>> optimizer = Bop([weight], gamma=0.1, threshold=0.01)
@@ -320,13 +324,13 @@ class LatentSGD(FlipOptimizer):
     :math:`\gamma`.
 
     Seen from the binary weights, :math:`-\lambda w` is a gradient averaged twice, with the rates
-    :math:`\gamma` and :math:`\alpha = \varepsilon\lambda`; without clipping and from w = 0 the
+    :math:`\gamma` and :math:`\alpha = \varepsilon\lambda`. Without clipping and from w = 0, the
     signs are those of `CascadedEMA`, for every :math:`\varepsilon` with the same product. In a
-    network that takes a quantizer which passes every gradient, such as `ste_sign` with
-    ``clip_value=None`` (its default stops them beyond 1), and a cascade that starts from the
-    same signs, +1 where w is 0.
+    network this takes a quantizer that passes every gradient, such as `ste_sign` with
+    ``clip_value=None`` (its default stops them beyond 1), and a cascade that starts from the same
+    signs, +1 where w is 0.
 
-    params: latent weights, or groups; not in half precision.
+    params: latent weights, or groups of them; not in half precision.
     lr: :math:`\varepsilon \ge 0`.
     gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 needs no buffer.
     weight_decay: :math:`\lambda`, with :math:`\varepsilon\lambda \le 1`. A negative one makes
@@ -334,8 +338,9 @@ class LatentSGD(FlipOptimizer):
     clip: bound of the latent weights, or None.
     fused: as for `CascadedEMA`.
 
-    Raises ValueError for numbers outside these bounds. A latent weight that decays to exactly 0,
-    which takes a product :math:`\varepsilon\lambda > 1/2`, counts as +1.
+    State: one buffer per weight, none if gamma is 1. Raises ValueError for numbers outside these
+    bounds. A latent weight that decays to exactly 0, which takes a product
+    :math:`\varepsilon\lambda > 1/2`, counts as +1.
 
     >>> weight = nn.Parameter(torch.tensor([0.1, -0.5]))
     >>> optimizer = LatentSGD([weight], lr=0.5, weight_decay=0.1)
@@ -370,7 +375,7 @@ class LatentSGD(FlipOptimizer):
 
     @staticmethod
     def check(group: dict) -> None:
-        """Raise ValueError for numbers that make no optimizer."""
+        """Raise ValueError unless gamma, lr, weight_decay and clip lie within their bounds."""
         _check_rate("gamma", group["gamma"])
         lr, decay, clip = group["lr"], group["weight_decay"], group["clip"]
         if not 0 <= lr < math.inf:
@@ -382,22 +387,22 @@ class LatentSGD(FlipOptimizer):
 
     @staticmethod
     def rates(group: dict) -> tuple[float, ...]:
-        """Return gamma, lr times weight_decay, lr and, if there is one, the bound of clipping."""
+        """Return gamma, lr times weight_decay, lr and, if there is one, the clipping bound."""
         clip = () if group["clip"] is None else (group["clip"],)
         lr = group["lr"]
         return _scheduled(group, "gamma"), lr * group["weight_decay"], lr, *clip
 
 
 def _scheduled(group: dict, name: str) -> float:
-    """Return a rate after a scheduler may have changed it: 0 is allowed then, it freezes."""
+    """Return a rate that a scheduler may have changed, even to 0, which freezes the weights."""
     rate = min(max(group[name], 0.0), 1.0)
-    if not abs(rate - group[name]) < 1e-9:  # LinearLR's own rounding ends a little beside 0 or 1
+    if not abs(rate - group[name]) < 1e-9:  # LinearLR's rounding may miss 0 or 1 by a little
         raise ValueError(f"a scheduler set {name} to {group[name]}; it must stay in [0, 1]")
     return rate
 
 
-class _Lent(dict):
-    """A group of an optimizer in which "lr" stands for another of its rates."""
+class _RateAsLR(dict):
+    """View of an optimizer's group in which "lr" stands for another of its rates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, index: int, name: str):
         super().__init__(params=[])
@@ -405,7 +410,7 @@ class _Lent(dict):
         self.names = {"lr": name, "initial_lr": f"initial_{name}"}
 
     @property
-    def group(self) -> dict:  # looked up each time: load_state_dict makes new ones
+    def group(self) -> dict:  # looked up at each use: load_state_dict replaces the groups
         return self.optimizer.param_groups[self.index]
 
     def __contains__(self, key):
@@ -421,10 +426,13 @@ class _Lent(dict):
         return self.group.setdefault(self.names.get(key, key), default)
 
 
-class _Lender(torch.optim.Optimizer):
+class _StandIn(torch.optim.Optimizer):
+    """Optimizer without weights whose groups are views of another optimizer's groups."""
+
     def __init__(self, optimizer: torch.optim.Optimizer, name: str):
         super().__init__([torch.empty(0)], {"lr": 0.0})
-        self.param_groups = [_Lent(optimizer, i, name) for i in range(len(optimizer.param_groups))]
+        count = len(optimizer.param_groups)
+        self.param_groups = [_RateAsLR(optimizer, index, name) for index in range(count)]
         optimizer.register_step_post_hook(lambda *_: self.step())
 
     def step(self, closure=None):
@@ -434,9 +442,9 @@ class _Lender(torch.optim.Optimizer):
 def rate_as_lr(optimizer: torch.optim.Optimizer, name: str) -> torch.optim.Optimizer:
     """Return a stand-in whose ``lr`` is another number of the optimizer's groups, for a scheduler.
 
-    name: a key of every group, such as "gamma" of `CascadedEMA` or "threshold" of `Bop`. Give the
-    result to a torch scheduler and to nothing else; what it sets is saved with the optimizer.
-    Raises ValueError, listing the keys, when there is no such number.
+    name: a key of every group, such as "gamma" of `CascadedEMA` or "threshold" of `Bop`. Use the
+    result only to construct a torch scheduler; what that sets is saved with the optimizer. Raises
+    ValueError, listing the known keys, if the groups have no such number.
 
     >>> optimizer = CascadedEMA([nn.Parameter(torch.ones(3))], alpha=0.01, gamma=0.1)
     >>> scheduler = torch.optim.lr_scheduler.ConstantLR(rate_as_lr(optimizer, "gamma"), 0.5)
@@ -446,16 +454,16 @@ def rate_as_lr(optimizer: torch.optim.Optimizer, name: str) -> torch.optim.Optim
     numbers = [k for k, v in optimizer.param_groups[0].items() if type(v) in (int, float)]
     if name not in numbers:
         raise ValueError(f"no rate {name!r} in the groups; known: {', '.join(numbers)}")
-    return _Lender(optimizer, name)
+    return _StandIn(optimizer, name)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return (binary, real): the weights of binary layers, and every other parameter.
 
-    Decided by layer type, never by name; a shared parameter is listed once, as binary if any of
-    its layers is. The weight of a layer with a ``weight_quantizer`` is among them, and is latent:
-    it is for torch's optimizers or `LatentSGD`, not for `Bop` and `CascadedEMA`. Raises ValueError
-    when the model has no binary layer.
+    The layer's type decides, never its name; a shared parameter is listed once, as binary if any
+    of its layers is. The weights of layers with a ``weight_quantizer`` are listed as binary, too,
+    but are latent: they are for torch's optimizers or `LatentSGD`, not for `Bop` or `CascadedEMA`.
+    Raises ValueError if the model has no binary layer.
 
     >>> from bnnbook.models import binaryconnect_mlp
     >>> [len(part) for part in split_parameters(binaryconnect_mlp())]
@@ -471,8 +479,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def glorot_coefficient(layer: nn.Module) -> float:
     r"""Return BinaryConnect's coefficient :math:`c = \sqrt{1.5 / (n_{in} + n_{out})}` of a layer.
 
-    :math:`n_{in}` and :math:`n_{out}` are the fans of ``layer.weight``, kernel area included. c is
-    half the bound of Glorot's uniform initialisation (released code, ``binary_connect.py``).
+    :math:`n_{in}` and :math:`n_{out}` are the fan-in and fan-out of ``layer.weight``, kernel area
+    included. c is half the bound of Glorot's uniform initialisation (released code,
+    ``binary_connect.py``).
 
     >>> round(1 / glorot_coefficient(nn.Linear(784, 1024)), 2)
     34.72
@@ -488,7 +497,7 @@ def glorot_scaled_groups(model: nn.Module, lr: float, power: int) -> list[dict]:
     The rate of each binary layer is :math:`\eta / c^k`, that of all other parameters
     :math:`\eta`. Here :math:`\eta` = ``lr``, c = `glorot_coefficient` and k = ``power``: 1 for
     ADAM, 2 for SGD and Nesterov momentum, 0 for no scaling. The paper speaks of scaling *with* c;
-    its code divides by it.
+    its code divides by it. Raises ValueError for other powers.
 
     >>> from bnnbook.models import binaryconnect_mlp
     >>> groups = glorot_scaled_groups(binaryconnect_mlp(), lr=0.01, power=1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-# One colour a regulariser, in every figure.
+# Each regulariser has the same colour in every figure.
 COLORS = {
     "none": "#777777",
     "deterministic": "#0072b2",
@@ -24,7 +24,7 @@ def use_style() -> None:
 
 
 def _colors(variants, known: Mapping[str, str] = COLORS) -> dict[str, str]:
-    """Return a colour for each variant: the known one, or the next of the cycle that is free."""
+    """Return a colour for each variant: the known one, or the next free one of the cycle."""
     colors = {variant: known[variant] for variant in variants if variant in known}
     taken = {mpl.colors.to_hex(color) for color in colors.values()}
     cycle = [f"C{i}" for i in range(10)]
@@ -34,9 +34,10 @@ def _colors(variants, known: Mapping[str, str] = COLORS) -> dict[str, str]:
 
 
 def quantizer(function: Callable, ax: Axes, *, span: float = 2.0, points: int = 801) -> Axes:
-    """Draw a quantizer forward and backward, both computed from the function itself.
+    """Draw a quantizer's forward and backward function, both computed from the quantizer itself.
 
-    A random quantizer shows as its draws; the backward curve is what autograd returns for them.
+    A stochastic quantizer is shown by its draws; the backward curve is the gradient that autograd
+    returns.
     """
     x = torch.linspace(-span, span, points, requires_grad=True)
     y = function(x)
@@ -80,7 +81,7 @@ def _plain_percent(axis) -> None:
 
 
 def weight_histogram(densities: Mapping[str, np.ndarray], axes, bound: float = 1.0):
-    """Draw one density of latent weights over [-bound, bound] an axis (figure 2)."""
+    """Draw each density of latent weights over [-bound, bound] in its own axes (figure 2)."""
     for ax, (name, density) in zip(axes, densities.items(), strict=True):
         edges = np.linspace(-bound, bound, len(density) + 1)
         ax.stairs(density, edges, fill=True, color=COLORS.get(name, "C0"))
@@ -91,7 +92,7 @@ def weight_histogram(densities: Mapping[str, np.ndarray], axes, bound: float = 1
 
 
 def features(images: Mapping[str, np.ndarray], axes):
-    """Draw each array (count, H, W) of features as one square mosaic an axis (figure 1)."""
+    """Draw each array (count, H, W) of features as a square mosaic in its own axes (figure 1)."""
     for ax, (name, stack) in zip(axes, images.items(), strict=True):
         ax.imshow(_mosaic(stack), interpolation="nearest")
         ax.set_xlabel(name)
@@ -109,7 +110,7 @@ def _mosaic(stack: np.ndarray) -> np.ndarray:
 
 
 def learning_rates(frame, ax: Axes) -> Axes:
-    """Draw test error (%) over the first learning rate, solid with scaling and dashed without.
+    """Draw test error (%) over the initial learning rate, solid with scaling, dashed without.
 
     ``frame`` has the columns variant ("adam", "adam-scaled", …), lr and test_error (a fraction).
     A variant and its "-scaled" one share a colour.
@@ -131,8 +132,8 @@ def errors(frame, paper: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     """Draw each run's test error (%) as a dot beside the paper's mean ± spread (a diamond).
 
     ``frame`` has the columns variant and test_error (a fraction); ``paper`` maps a variant to
-    (mean, spread) in per cent, the spread None where the paper gives none. A variant that is not
-    in ``paper`` has no diamond.
+    (mean, spread) in per cent, with a spread of None where the paper gives none. A variant that is
+    not in ``paper`` has no diamond.
     """
     variants = list(dict.fromkeys(frame.variant))
     colors = _colors(variants)
@@ -152,7 +153,7 @@ def z_plane(b: np.ndarray, a: np.ndarray, ax: Axes) -> Axes:
 
     b and a hold the coefficients of :math:`1, z^{-1}, z^{-2}, \\dots`, as `filters` returns them.
     A pole inside the grey unit circle decays, one off the real axis rings. A number beside a zero
-    says how often it is there.
+    is its multiplicity.
     """
     size = max(len(a), len(b))
     turn = np.linspace(0, 2 * np.pi, 200)

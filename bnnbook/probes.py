@@ -1,12 +1,13 @@
-"""What is measured while a binary network trains, on the device, without a host sync per step.
+"""Measurements during the training of a binary network, taken on its device without host syncs.
 
-A probe has ``start(model)``, ``step()`` after each optimizer step, ``epoch()`` which returns the
-epoch's columns, and ``state_dict`` / ``load_state_dict`` so that a resumed run counts on.
+A probe has ``start(model)``; ``step()``, called after each optimizer step; ``epoch()``, which
+returns the epoch's columns; and ``state_dict`` / ``load_state_dict``, so that a resumed run goes
+on counting.
 
-The probes that look inside a step, `ActivationSaturation` and `GradientSample`, hang hooks on the
-network. ``stop()`` takes them off, and so does the end of a ``with`` block. A probe whose hooks,
-its ``handles``, do not look into every step says in ``looking`` whether they will into the next:
-the others may be replayed as a CUDA graph, which calls no hooks.
+The probes that look inside a step, `ActivationSaturation` and `GradientSample`, register hooks on
+the network. ``stop()`` removes them, and so does leaving a ``with`` block. A probe whose hooks
+(``handles``) need not see every step sets ``looking`` to whether they need the next one: all other
+steps may be replayed as a CUDA graph, which calls no hooks.
 """
 
 import math
@@ -21,7 +22,10 @@ from bnnbook.layers import BinaryLayer, ExpertBinaryConv2d, binary_layers
 
 
 class _OfWeights:
-    """What the probes of binary weights share: parametrized ones are made anew at each look."""
+    """Base of the probes of binary weights, which are read anew each time.
+
+    A parametrized weight (`torch.nn.utils.parametrize`) is computed at every access.
+    """
 
     layers: Sequence[BinaryLayer] = ()
 
@@ -32,18 +36,18 @@ class _OfWeights:
 
 
 class FlipRatio(_OfWeights):
-    r"""Measure the share of binary weights that change sign in one step, averaged over the epoch.
+    r"""Measure the fraction of binary weights that flip in one step, averaged over the epoch.
 
     :math:`\pi = \frac{1}{T\,n} \sum_t \#\{i : \operatorname{sign} w_{t,i} \ne
     \operatorname{sign} w_{t-1,i}\}` over the T steps and the n binary weights, all layers pooled
     (the FF ratio of Liu et al., ICML 2021, eqs. 4 and 5). For stochastic quantizers the sign of
     the latent weight counts, not the draw; without a quantizer the weight is its own sign.
-    Column: ``flip_ratio``. Memory: one byte a weight, and another one during a step.
+    Column: ``flip_ratio``. Memory: one byte per weight, and another one during a step.
 
     per_layer: adds a column ``flip_ratio/NAME`` for each binary layer, NAME being its name in the
     model.
     per_step: keeps the ratio of every step, for `history`. The first step of a cascaded EMA flips
-    half of all weights, off the scale of any figure.
+    half of all weights, which a figure may have to leave out.
     """
 
     def __init__(self, per_layer: bool = False, per_step: bool = False):
@@ -54,7 +58,7 @@ class FlipRatio(_OfWeights):
         layers = _named_binary_layers(model)
         self.names, self.layers = list(layers), list(layers.values())
         self.sizes = [weight.numel() for weight in self.weights]
-        # dense strides in the weight's own order of axes, which the comparison is fastest in
+        # the weight's own memory order without gaps: in it the comparison is fastest
         self.strides = [torch.empty_like(w, device="meta").stride() for w in self.weights]
         self.positive = self._signs()
         shape, device = (len(self.sizes),) if self.per_layer else (), _device(self.weights)
@@ -80,7 +84,7 @@ class FlipRatio(_OfWeights):
             self._record(flips)
 
     def _signs(self) -> Tensor:
-        """Return whether each weight is >= 0, all layers in one flat tensor: one byte a weight."""
+        """Return whether each weight is >= 0, all layers in one flat tensor of bools."""
         weights = self.weights
         signs = torch.empty(sum(self.sizes), dtype=torch.bool, device=_device(weights))
         offset = 0
@@ -90,16 +94,17 @@ class FlipRatio(_OfWeights):
         return signs
 
     def _record(self, flips: Tensor) -> None:
-        if self.length == len(self.recorded):  # full: twice the room
+        if self.length == len(self.recorded):  # full: double the capacity
             more = self.recorded.new_zeros(max(1024, self.length), *flips.shape)
             self.recorded = torch.cat([self.recorded, more])
         self.recorded[self.length] = flips
         self.length += 1
 
     def history(self) -> Tensor:
-        """Return the ratio of every step since the start, on the CPU, with ``per_step`` set.
+        """Return the ratio of every step since the start, on the CPU; needs ``per_step=True``.
 
-        The shape is (steps,), or with ``per_layer`` (steps, layers), each layer by itself.
+        Shape (steps,), or with ``per_layer`` (steps, layers), a ratio for each layer. Raises
+        ValueError without ``per_step``.
         """
         if not self.per_step:
             raise ValueError("the steps were not kept: FlipRatio(per_step=True) keeps them")
@@ -107,7 +112,7 @@ class FlipRatio(_OfWeights):
         return flips / (torch.tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes)))
 
     def epoch(self) -> dict[str, float]:
-        """Return the columns, means since the last call; empty without weights."""
+        """Return the columns, averaged since the last call; empty without binary weights."""
         if not self.layers or not self.steps:
             return {}
         flips = np.atleast_1d(self.flips.cpu().numpy())
@@ -120,12 +125,12 @@ class FlipRatio(_OfWeights):
         return columns
 
     def state_dict(self) -> dict:
-        """Return the counters; the signs themselves follow from the weights."""
+        """Return the counters; the signs can be read from the weights."""
         kept = {"history": self.recorded[: self.length].clone()} if self.per_step else {}
         return {"flips": self.flips.clone(), "steps": self.steps, **kept}
 
     def load_state_dict(self, state: dict) -> None:
-        """Count on from a saved state, after the model's own weights were loaded."""
+        """Go on from a saved state; the model's own weights must have been loaded before."""
         if state["flips"].shape != self.flips.shape or ("history" in state) != self.per_step:
             raise ValueError("the saved FlipRatio had another per_layer or per_step")
         self.positive = self._signs()
@@ -139,9 +144,9 @@ class FlipRatio(_OfWeights):
 def log_flip_ratio(ratio):
     r"""Return Helwegen et al.'s :math:`\pi_t = \log(r + e^{-9})`, natural logarithm (eq. 7).
 
-    r is the share of weights that flip in a step: a number, an array or a tensor. The constant is
-    :math:`e^{-9} \approx 1.23 \cdot 10^{-4}`, not :math:`10^{-9}`, so that the least value is -9.
-    The paper's figure 1 shows it for the last layer only: ``FlipRatio(per_layer=True)``.
+    r is the fraction of weights that flip in a step: a number, an array or a tensor. The constant
+    is :math:`e^{-9} \approx 1.23 \cdot 10^{-4}`, not :math:`10^{-9}`, so the smallest value is -9.
+    The paper's figure 1 shows the last layer only: ``FlipRatio(per_layer=True)`` measures it.
 
     >>> [round(float(log_flip_ratio(ratio)), 2) for ratio in (0.0, 0.001, 1.0)]
     [-9.0, -6.79, 0.0]
@@ -151,13 +156,13 @@ def log_flip_ratio(ratio):
 
 
 class C2I(_OfWeights):
-    r"""Measure the correlation to initialisation: the share of signs that are as at the start.
+    r"""Measure the correlation to initialisation: the fraction of signs that are as at the start.
 
     :math:`C2I = 1 - \frac{1}{n} \sum_i \tfrac12 |\operatorname{sign} w_{T,i} -
-    \operatorname{sign} w_{0,i}|`: 1 where nothing has changed, 1/2 for chance, 0 where every sign
-    is reversed. Liu et al. (ICML 2021, eq. 7) print another factor 1/2 before the sum. With it no
-    value could lie below 1/2, yet their Table 1 lists .4810 and .4960: it was not used there, nor
-    is it here. Column: ``c2i``. Memory: one byte a weight.
+    \operatorname{sign} w_{0,i}|`: 1 if nothing has changed, 1/2 for independent signs, 0 if every
+    sign is reversed. Liu et al. (ICML 2021, eq. 7) print another factor 1/2 before the sum. With
+    it no value could lie below 1/2, yet their Table 1 lists .4810 and .4960: it was not used
+    there, nor is it here. Column: ``c2i``. Memory: one byte per weight.
     """
 
     def start(self, model: nn.Module) -> None:
@@ -166,33 +171,33 @@ class C2I(_OfWeights):
         self.initial = self._signs()
 
     def _signs(self) -> Tensor:
-        # in the order of indices, whatever the layout in memory: it goes into checkpoints
+        # in index order, whatever the memory layout, because checkpoints hold it
         signs = [(weight.detach() >= 0).flatten() for weight in self.weights]
         return torch.cat(signs) if signs else torch.zeros(0, dtype=torch.bool)
 
     def step(self) -> None:
-        """Do nothing: the share is taken once an epoch."""
+        """Do nothing: this is measured once per epoch."""
 
     def epoch(self) -> dict[str, float]:
-        """Return {"c2i": share}, pooled over all binary layers; empty with none."""
+        """Return {"c2i": fraction}, pooled over all binary layers; empty without any."""
         if not self.layers:
             return {}
         same = (self._signs() == self.initial).count_nonzero()
         return {"c2i": same.item() / len(self.initial)}
 
     def state_dict(self) -> dict:
-        """Return the signs at the start."""
+        """Return the initial signs."""
         return {"initial": self.initial}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back the start of the run that is continued."""
+        """Restore the initial signs of the run that is resumed."""
         self.initial.copy_(state["initial"])
 
 
 class Saturation(_OfWeights):
-    r"""Measure the share of latent weights with :math:`|w| \ge` ``limit`` at the end of an epoch.
+    r"""Measure the fraction of latent weights with :math:`|w| \ge` ``limit`` after each epoch.
 
-    Column: ``saturation``. A clipped weight sits at exactly :math:`\pm 1`, where only a gradient
+    Column: ``saturation``. A clipped weight sits at exactly :math:`\pm 1`, where only an update
     towards zero can move it.
     """
 
@@ -204,10 +209,10 @@ class Saturation(_OfWeights):
         self.layers = list(_named_binary_layers(model).values())
 
     def step(self) -> None:
-        """Do nothing: the share is taken once an epoch."""
+        """Do nothing: this is measured once per epoch."""
 
     def epoch(self) -> dict[str, float]:
-        """Return {"saturation": share}, pooled over all binary layers; empty with none."""
+        """Return {"saturation": fraction}, pooled over all binary layers; empty without any."""
         if not self.layers:
             return {}
         return {"saturation": share_above(self.weights, self.limit)}
@@ -217,16 +222,16 @@ class Saturation(_OfWeights):
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take nothing back."""
+        """Do nothing: there is no state."""
 
 
 class _Hooked:
-    """What the probes that hang hooks on a network share: how they come off."""
+    """Base of the probes that register hooks on a network, and remove them again."""
 
     handles = ()
 
     def stop(self) -> None:
-        """Take the hooks off the network; what was measured stays."""
+        """Remove the hooks from the network; what was measured stays."""
         for handle in self.handles:
             handle.remove()
         self.handles = ()
@@ -239,15 +244,17 @@ class _Hooked:
 
 
 class ActivationSaturation(_Hooked):
-    r"""Measure the share of inputs :math:`|a| >` ``limit`` that binary layers get in training.
+    r"""Measure the fraction of binary layers' inputs with :math:`|a| >` ``limit`` in training.
 
     There a clipped straight-through estimator passes no gradient back: the saturation of Liu et
     al. (ICML 2021, figure 3, first binary convolution). a is the real input, before its quantizer;
-    layers without ``input_quantizer`` are left out. To stay cheap it looks at the first step of an
-    epoch and every ``every``-th after it, and never at passes in evaluation mode. Column:
-    ``activation_saturation``, all layers pooled by their number of inputs.
+    layers without ``input_quantizer`` are left out. To stay cheap it looks only at the first step
+    of an epoch and every ``every``-th one after it, and never at passes in evaluation mode.
+    Column: ``activation_saturation``, over the inputs of all layers together.
 
     per_layer: adds a column ``activation_saturation/NAME`` for each of these layers.
+
+    Raises ValueError for an ``every`` below 1.
     """
 
     def __init__(self, limit: float = 1.0, every: int = 16, per_layer: bool = False):
@@ -256,7 +263,7 @@ class ActivationSaturation(_Hooked):
         self.limit, self.every, self.per_layer = limit, every, per_layer
 
     def start(self, model: nn.Module) -> None:
-        """Hang a hook on each layer with an input quantizer."""
+        """Register a hook on each layer with an input quantizer."""
         self.stop()
         layers = {name: layer for name, layer in _named_binary_layers(model).items()
                   if layer.input_quantizer is not None}  # fmt: skip
@@ -268,20 +275,20 @@ class ActivationSaturation(_Hooked):
                         for number, layer in enumerate(layers.values())]  # fmt: skip
 
     def _look(self, number: int, layer: nn.Module, inputs: tuple) -> None:
-        # torch.compile compiles anew for each value of a Python number or list that a hook reads:
-        # two values of a bool, and the counts in tensors
+        # torch.compile recompiles for each new value of a Python number or list that a hook reads:
+        # hence a bool, which has two values, and counts in tensors
         if self.looking and layer.training:
             a = inputs[0].detach()
             self.above[number] += (a.abs() > self.limit).count_nonzero()
             self.seen[number] += a.numel()
 
     def step(self) -> None:
-        """Count the steps; the hooks have looked at the inputs."""
+        """Count the step, and decide whether the hooks look at the next one."""
         self.steps += 1
         self.looking = self.steps % self.every == 0
 
     def epoch(self) -> dict[str, float]:
-        """Return the columns of the steps looked at since the last call; empty with none."""
+        """Return the columns of the steps looked at since the last call; empty without any."""
         above, seen = self.above.tolist(), self.seen.tolist()
         self.steps, self.looking = 0, True
         if not sum(seen):
@@ -295,11 +302,11 @@ class ActivationSaturation(_Hooked):
         return columns
 
     def state_dict(self) -> dict:
-        """Return the counters, and the epoch's steps so far, which say when to look next."""
-        return {"above": self.above, "seen": self.seen, "steps": self.steps}
+        """Return the counters, and the epoch's steps so far, which tell when to look next."""
+        return {"above": self.above.clone(), "seen": self.seen.clone(), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Count on from a saved state."""
+        """Go on counting from a saved state."""
         self.above.copy_(state["above"])
         self.seen.copy_(state["seen"])
         self.steps = state["steps"]
@@ -309,15 +316,19 @@ class ActivationSaturation(_Hooked):
 class GradientSample(_Hooked):
     """Record the gradient of some weights of each binary layer in every step.
 
-    ``weights`` of each layer (all, if there are fewer), drawn once by ``seed`` without touching
-    torch's own generators; ``steps`` steps, after the first ``after``. They are kept on the
-    device: 4 · weights · layers · steps bytes. No column; `gradients` returns the record, for
-    `power_spectrum`, `lag_one_autocorrelation` and `signal_to_noise`.
+    weights: how many of each layer (all, if it has fewer); which ones is drawn once from ``seed``,
+    without touching torch's own generators.
+    steps: how many are recorded, after the first ``after`` ones.
 
-    A gradient is taken as backward leaves it in ``weight.grad``, before the optimizer. So it is
-    that of the latent weight, behind its quantizer's backward; and with a GradScaler (training
-    uses one where autocast means float16) it still has the loss's scale, which changes in the
-    course of a run. A step without a backward pass through a layer leaves zeros.
+    The record stays on the device and takes 4 · weights · layers · steps bytes. There is no
+    column: `gradients` returns the record, for `power_spectrum`, `lag_one_autocorrelation` and
+    `signal_to_noise`. Raises ValueError for ``weights`` or ``steps`` below 1 and for a negative
+    ``after``.
+
+    A gradient is taken as backward leaves it in ``weight.grad``, before the optimizer. For a
+    latent weight it has passed through the quantizer's backward. With a GradScaler, which training
+    uses where autocast means float16, it is still multiplied by the loss scale, which changes in
+    the course of a run. A step without a backward pass through a layer leaves zeros.
     """
 
     def __init__(self, weights: int = 256, steps: int = 4096, *, after: int = 0, seed: int = 0):
@@ -329,21 +340,22 @@ class GradientSample(_Hooked):
         self.size, self.capacity, self.after, self.seed = weights, steps, after, seed
 
     def start(self, model: nn.Module) -> None:
-        """Draw the weights, and hang a hook on the gradient of each trained layer's weight."""
+        """Draw the weights, and register a hook on the gradient of each trained layer's weight."""
         self.stop()
         generator = torch.Generator().manual_seed(self.seed)
-        layers = {name: layer.weight for name, layer in _named_binary_layers(model).items()
-                  if layer.weight.requires_grad}  # fmt: skip
-        self.steps, self.indices, self.handles = 0, {}, []
-        device = _device(list(layers.values()))
-        for name, weight in layers.items():
-            index = torch.randperm(weight.numel(), generator=generator)[: self.size]
-            self.indices[name] = index.to(device)
-        total = sum(len(index) for index in self.indices.values())
-        self.buffer = torch.zeros(self.capacity, total, device=device)
-        columns = self.buffer.split([len(index) for index in self.indices.values()], dim=1)
-        self.columns = dict(zip(layers, columns, strict=True)) if layers else {}
-        for name, weight in layers.items():
+        weights = {name: layer.weight for name, layer in _named_binary_layers(model).items()
+                   if layer.weight.requires_grad}  # fmt: skip
+        device = _device(list(weights.values()))
+        self.indices = {}
+        for name, weight in weights.items():
+            order = torch.randperm(weight.numel(), generator=generator)
+            # a copy: a view would keep the whole permutation in memory
+            self.indices[name] = order[: self.size].clone().to(device)
+        widths = [len(index) for index in self.indices.values()]
+        self.buffer = torch.zeros(self.capacity, sum(widths), device=device)
+        self.columns = dict(zip(weights, self.buffer.split(widths, dim=1), strict=True))
+        self.steps, self.handles = 0, []
+        for name, weight in weights.items():
             hook = partial(self._keep, self.indices[name], self.columns[name])
             self.handles.append(weight.register_post_accumulate_grad_hook(hook))
 
@@ -353,13 +365,13 @@ class GradientSample(_Hooked):
             column[row] = weight.grad.take(index)
 
     def step(self) -> None:
-        """Go on to the next row; after the last one the hooks come off."""
+        """Go on to the next row; after the last one remove the hooks."""
         self.steps += 1
         if self.steps >= self.after + self.capacity:
             self.stop()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return for each layer, by name, the gradients so far, float32 (steps, weights), CPU."""
+        """Return the gradients so far by layer name: float32 (steps, weights), on the CPU."""
         rows = self._rows()
         return {name: column[:rows].cpu() for name, column in self.columns.items()}
 
@@ -367,7 +379,7 @@ class GradientSample(_Hooked):
         return min(max(self.steps - self.after, 0), self.capacity)
 
     def epoch(self) -> dict[str, float]:
-        """Return no column."""
+        """Return no columns."""
         return {}
 
     def state_dict(self) -> dict:
@@ -375,7 +387,7 @@ class GradientSample(_Hooked):
         return {"steps": self.steps, "gradients": self.buffer[: self._rows()].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Record on from a saved state."""
+        """Go on recording from a saved state."""
         self.steps = state["steps"]
         self.buffer[: len(state["gradients"])] = state["gradients"].to(self.buffer.device)
         if self.steps >= self.after + self.capacity:
@@ -392,13 +404,14 @@ def _centred(gradients) -> np.ndarray:
 def power_spectrum(gradients, segment: int = 256) -> tuple[np.ndarray, np.ndarray]:
     r"""Return (frequencies, power) of gradients over time: Welch's estimate, mean over weights.
 
-    gradients: (steps, weights), as from `GradientSample`. Each weight's series loses its mean and
-    is divided by its standard deviation, so that white noise has power 1 at every frequency, and
-    behind a filter :math:`|H(e^{i\omega})|^2` up to its variance. Frequencies are in cycles per
-    step, 0 to 1/2, ``segment`` // 2 + 1 of them; :math:`\omega = 2\pi f`. Segments of ``segment``
-    steps overlap by half under a Hann window. Weights whose gradient never changes are left out.
+    gradients: (steps, weights), as from `GradientSample`. Each weight's series is standardised to
+    mean 0 and standard deviation 1, so that white noise has power 1 at every frequency; after a
+    filter its power is :math:`|H(e^{i\omega})|^2` divided by the variance of the filtered noise.
+    Frequencies are in cycles per step, from 0 to 1/2, ``segment`` // 2 + 1 of them;
+    :math:`\omega = 2\pi f`. Segments of ``segment`` steps overlap by half under a Hann window.
+    Weights whose gradient never changes are left out.
 
-    Raises ValueError for fewer steps than ``segment`` and where no gradient changes.
+    Raises ValueError for fewer steps than ``segment``, and if no gradient changes at all.
     """
     from scipy.signal import welch
 
@@ -409,7 +422,7 @@ def power_spectrum(gradients, segment: int = 256) -> tuple[np.ndarray, np.ndarra
     if not deviation.any():
         raise ValueError("no gradient changes: there is no spectrum")
     x = x[:, deviation > 0] / deviation[deviation > 0]
-    # two-sided, of which the negative frequencies are the mirror image: no factor 2 inside only
+    # two-sided: the one-sided estimate doubles all frequencies but the first and the last
     f, power = welch(x, axis=0, nperseg=segment, detrend=False, return_onesided=False)
     half = segment // 2 + 1
     return np.abs(f[:half]), power[:half].mean(1)
@@ -419,8 +432,8 @@ def lag_one_autocorrelation(gradients) -> np.ndarray:
     r"""Return each weight's correlation between successive gradients, (weights,).
 
     :math:`\rho_1 = \sum_t (g_t - \bar g)(g_{t+1} - \bar g) / \sum_t (g_t - \bar g)^2` for
-    gradients (steps, weights). White noise has :math:`0 \pm 1/\sqrt T`, T steps; after an EMA of
-    rate α it is 1 - α. NaN for a weight whose gradient never changes.
+    gradients (steps, weights). Over T steps, white noise has :math:`0 \pm 1/\sqrt T`; after an EMA
+    of rate :math:`\alpha` it has :math:`1 - \alpha`. NaN for a weight whose gradient is constant.
     """
     x = _centred(gradients)
     power = (x * x).sum(0)
@@ -428,12 +441,12 @@ def lag_one_autocorrelation(gradients) -> np.ndarray:
 
 
 def signal_to_noise(gradients) -> np.ndarray:
-    r"""Return each weight's :math:`|\bar g| / \sigma`, (weights,), of gradients (steps, weights).
+    r"""Return each weight's :math:`|\bar g| / \sigma`, (weights,), for gradients (steps, weights).
 
     :math:`\bar g` is the mean over the steps, :math:`\sigma` the standard deviation of a single
-    step. The mean of pure noise is not exactly zero: over T independent steps its median ratio is
-    :math:`0.67 / \sqrt T`, .011 for 4000. A measured value means something only well above that.
-    NaN for a weight whose gradient never changes.
+    step's gradient. The mean of pure noise is not exactly zero: over T independent steps the
+    median ratio is :math:`0.67 / \sqrt T`, .011 for 4000 steps, and only values well above it mean
+    something. NaN for a weight whose gradient never changes.
     """
     deviation = _centred(gradients).std(0)
     mean = np.asarray(gradients, dtype=np.float64).mean(0)
@@ -441,17 +454,17 @@ def signal_to_noise(gradients) -> np.ndarray:
 
 
 def binary_report(model: nn.Module):
-    """Return a table of what each layer multiplies with: are the weights really binary?
+    """Return a table of the weights that each layer multiplies with: are they really binary?
 
-    A pandas DataFrame, one row for each binary, linear or convolutional layer in the model's
-    order:
+    A pandas DataFrame with one row for each binary, linear or convolutional layer, in the order of
+    the model's modules, and the columns
 
     - layer: its name in the model.
     - weight: ``latent`` (a quantizer makes it binary), ``binary`` (±1 itself), ``expert`` (several
-      of either, one fires), ``real`` (an ordinary layer).
+      of either kind, one of which fires), ``real`` (an ordinary layer).
     - quantizer: the weight quantizer's name, "" without one.
     - values: how many different values the forward pass multiplies with.
-    - binary: the share of them that is exactly -1 or +1.
+    - binary: the fraction of weights that are exactly -1 or +1.
     - scaled_binary: whether each output channel is ±s with its own s > 0, ±1 included.
     - input: the input quantizer's name, ``real`` without one.
 
@@ -479,7 +492,7 @@ def _report(layer: nn.Module) -> dict:
     binary = isinstance(layer, BinaryLayer)
     weight = layer.binary_weight() if binary else layer.weight
     size = weight.abs()
-    # an expert's output channels are its own
+    # the output channels of each expert count by themselves
     channels = size.flatten(0, 1) if isinstance(layer, ExpertBinaryConv2d) else size
     least, most = channels.flatten(1).aminmax(dim=1)
     return {
@@ -508,8 +521,8 @@ def _name(quantizer) -> str:
 def require_binary(model: nn.Module, scaled: bool = False) -> None:
     """Raise ValueError, naming the layers, unless all binary layers multiply with exactly ±1.
 
-    ``scaled`` allows ±s as well, one s > 0 for each output channel, as `magnitude_aware_sign`
-    makes it. A model without binary layers raises too; real layers are not looked at.
+    ``scaled`` also allows ±s with one s > 0 for each output channel, as `magnitude_aware_sign`
+    returns. A model without binary layers raises ValueError too; real layers are not checked.
 
     >>> from bnnbook.layers import BinaryLinear, quantized_by
     >>> from bnnbook.binarize import real_weight
@@ -537,11 +550,12 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
 def _named_binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
     """Return the binary layers by their names in the model, in the order of its modules.
 
-    Of layers that share a weight only the first.
+    Of layers that share a weight, only the first is returned.
     """
     first = {}
     for layer in binary_layers(model):
-        weight = layer._parameters.get("weight", layer)  # a parametrized one is no parameter
+        # a parametrized weight is no parameter: such a layer shares its weight with no other
+        weight = layer._parameters.get("weight", layer)
         first.setdefault(id(weight), id(layer))
     found = set(first.values())
     return {
@@ -556,7 +570,7 @@ def _device(weights: list[Tensor]) -> torch.device:
 
 
 def share_above(weights: list[Tensor], limit: float) -> float:
-    r"""Return the share of all given weights with :math:`|w| \ge` ``limit``, as a fraction.
+    r"""Return the fraction of all given weights with :math:`|w| \ge` ``limit``.
 
     >>> share_above([torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])], 0.99)
     0.5
@@ -568,7 +582,7 @@ def share_above(weights: list[Tensor], limit: float) -> float:
 def latent_histogram(weight: Tensor, bins: int = 50, bound: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return (density, edges) of the weights over [-bound, bound], for BinaryConnect's figure 2.
 
-    density has ``bins`` entries and integrates to the share of weights inside the bounds.
+    density has ``bins`` entries and integrates to the fraction of weights inside the bounds.
 
     >>> density, edges = latent_histogram(torch.tensor([-0.5, 0.5, 0.6]), bins=2)
     >>> density.tolist(), edges.tolist()
@@ -588,8 +602,8 @@ def layer_weight(model: nn.Module, index: int = 0) -> Tensor:
 def channel_magnitudes(weight: Tensor) -> Tensor:
     r"""Return the mean :math:`|w|` of each output channel of a weight (out, ...), detached.
 
-    Liu et al. (ICML 2021, figures 4 and 5) call it the channel-wise absolute mean; the standard
-    deviation over the channels is their SDAM. It says how fairly the channels were trained: one
+    Liu et al. (ICML 2021, figures 4 and 5) call it the channel-wise absolute mean; its standard
+    deviation over the channels is their SDAM. It shows how evenly the channels were trained: one
     whose weights hardly ever get a gradient stays where it began.
 
     >>> channel_magnitudes(torch.tensor([[1.0, -3.0], [0.0, 0.5]]))

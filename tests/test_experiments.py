@@ -15,7 +15,7 @@ from torch import nn
 
 from bnnbook import data, experiments, records, training
 from bnnbook.binarize import real_weight, sign, ste_sign
-from bnnbook.experiments import binaryconnect
+from bnnbook.experiments import binaryconnect, runs
 from bnnbook.layers import binary_layers
 
 # Of this paper; the other papers' experiments have test files of their own.
@@ -707,6 +707,16 @@ def test_the_papers_numbers():
 def test_the_papers_variants_are_ours():
     for name, numbers in binaryconnect.PAPER.items():
         assert set(numbers) <= set(binaryconnect.VARIANTS[name.split()[0]])
+
+
+def test_seeded_draws_alike_and_leaves_the_generator_as_it_was():
+    before, drawn = torch.get_rng_state(), []
+    for seed in (3, 3, 4):
+        with runs.seeded(seed, torch.device("cpu")):
+            drawn.append(torch.rand(5))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_features_are_stretched_one_by_one():

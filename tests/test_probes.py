@@ -448,6 +448,13 @@ def test_gradient_sample_records_each_steps_gradients(device):
     assert not any(w._post_accumulate_grad_hooks for w in model.parameters())
 
 
+def test_gradient_sample_holds_no_more_than_its_indices():
+    probe = probes.GradientSample(weights=20, steps=4)
+    probe.start(nn.Sequential(layers.BinaryLinear(100, 100)))
+    (index,) = probe.indices.values()
+    assert index.untyped_storage().nbytes() == 20 * 8  # and not a permutation of 10 000
+
+
 def test_gradient_sample_in_training_where_the_gradients_are_gone_after_a_step():
     d = data.load("digits")
     model = binaryconnect_mlp(64, (12,), 10)
@@ -725,6 +732,16 @@ def test_a_saved_flip_count_does_not_change_afterwards():
     state = probe.state_dict()
     probe.epoch()
     assert state["flips"].item() == 4
+
+
+def test_saved_counts_of_inputs_do_not_change_afterwards():
+    layer = layers.BinaryLinear(2, 1, input_quantizer=ste_sign)
+    with probes.ActivationSaturation() as probe:
+        probe.start(layer)
+        layer(torch.tensor([[2.0, 0.5]]))
+        state = probe.state_dict()
+        probe.epoch()
+    assert (state["above"].item(), state["seen"].item()) == (1, 2)
 
 
 def test_channel_magnitudes_are_means_over_everything_but_the_output_channels():

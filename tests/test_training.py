@@ -215,10 +215,10 @@ def test_outputs_that_are_not_one_a_class_are_refused(shape):
     if shape == (-1,):
         model = nn.Sequential(model, nn.Flatten(0))
     sgd = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"one output a class.*\(10,"):
+    with pytest.raises(ValueError, match=r"one output per class.*\(10,"):
         training.train(model, dataset(), sgd, epochs=1, batch_size=10, device="cpu",
                        loss=lambda outputs, _: outputs.mean())  # fmt: skip
-    with pytest.raises(ValueError, match="one output a class"):
+    with pytest.raises(ValueError, match="one output per class"):
         training.accuracy(torch.zeros(4, 1), torch.zeros(4))
 
 

@@ -1,4 +1,4 @@
-"""The papers' experiments: one module a paper, one function per figure or table.
+"""The papers' experiments: one module per paper, one function per figure or table.
 
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
@@ -16,9 +16,9 @@ from bnnbook.experiments.runs import check_settings as check_settings
 
 PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023, bulat2021, liu2021, martinez2020)
 
-# In which order `bnnbook record` runs them: the orders of filters, whose claims wait for it; the
-# papers' central figures and tables, one paper after the other; then what the other open claims
-# wait for most, for the time it takes; last what takes days.
+# The order in which `bnnbook record` runs them: first the orders of filters, whose claims wait for
+# their records; then the papers' central figures and tables, one paper after the other; then what
+# other open claims wait for, the most useful for its running time first; last what takes days.
 PRIORITY = (
     "quist2023.order",
     "quist2023.alpha_sweep",

@@ -2,8 +2,8 @@
 
 The paper's own runs took two GPUs five to six days on ImageNet. Here the full scale is a smaller
 network on CIFAR-10 or on your own images, and the small scale is digits, or patches of the two
-photographs that scikit-learn carries. What the paper does not say is from the authors' 2012
-source where a comment says so; the rest is ours.
+photographs that come with scikit-learn. What the paper does not say is taken from the authors'
+2012 source where a comment says so; the rest is our choice.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bnnbook import data, models, training
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.records import Record, encode_array
 
-# What a variant changes in its experiment's recipe: options of the network.
+# The options of the network that each variant changes in its experiment's recipe.
 CHANGES = {
     "figure1": {"relu": {"activation": "relu"}, "tanh": {"activation": "tanh"}},
     "lrn": {"without": {"lrn": False}, "lrn": {"lrn": True}},
@@ -36,19 +36,19 @@ PAPER = {
     "ILSVRC-2012": {"SIFT + FVs": (None, None, 26.2), "1 CNN": (40.7, 18.2, None),
                     "5 CNNs": (38.1, 16.4, 16.4), "1 CNN*": (39.0, 16.6, None),
                     "7 CNNs*": (36.7, 15.4, 15.3)},
-    # points that each part takes off the error
+    # percentage points by which each part lowers the error
     "gains": {"two GPUs": (1.7, 1.2), "local response normalisation": (1.4, 1.2),
               "overlapping pooling": (0.4, 0.3), "ten views": (1.5, 1.3)},
 }  # fmt: skip
 NETWORKS = {"four-layer": models.four_layer_cnn, "small": models.alexnet_small}
 PHOTOGRAPHS = "photographs"
 TARGET = 0.25  # figure 1's training error
-PATIENCE = 5  # epochs after which a rate that lags behind the best one stops
+PATIENCE = 5  # epochs after which a learning rate that lags behind the best one stops
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training run, complete. SGD with momentum 0.9; biases never decay."""
+    """All settings of one training run. SGD with momentum 0.9; biases never decay."""
 
     dataset: str  # a name of data.load, or "photographs"
     network: str  # "four-layer" or "small", with its options
@@ -57,20 +57,20 @@ class Recipe:
     lr: float
     options: dict = field(default_factory=dict)
     raw_pixels: bool = False  # 0 to 255 minus the mean image; else each channel standardized
-    crop: int | None = None  # train on random windows of so many pixels, half of them mirrored
-    padding: int = 0  # or pad with so many zeros, and cut out the image's size
-    drops: tuple[float, ...] = (0.5, 0.75, 0.9)  # the rate falls to a tenth at these shares
+    crop: int | None = None  # side of the random windows to train on, half of them mirrored
+    padding: int = 0  # or zeros around an image, from which a crop of its own size is cut
+    drops: tuple[float, ...] = (0.5, 0.75, 0.9)  # the lr falls to a tenth at these fractions
     weight_decay: float = 5e-4
-    last_decay: float | None = None  # of the last layer, if it is another
-    bias_lr: float = 1.0  # times the rate of the weights
-    train_images: int | None = None  # the first so many only
-    first_layer_scale: float = 1.0  # times the first layer's weights at the start
+    last_decay: float | None = None  # weight decay of the last layer, if it differs
+    bias_lr: float = 1.0  # learning rate of the biases, relative to lr
+    train_images: int | None = None  # train on the first ones only
+    first_layer_scale: float = 1.0  # factor of the first layer's initial weights
 
 
 # Network and rates are those of the authors' CIFAR-10 file "18 %"; epochs and drops are ours.
 FOUR_LAYER = Recipe("cifar10", "four-layer", 60, 128, 1e-3, raw_pixels=True, drops=(0.8, 0.9),
                     weight_decay=0.004, last_decay=1.0, bias_lr=2.0)  # fmt: skip
-# Without any regularisation, at a constant rate; the epochs are a limit.
+# Without any regularisation, at a constant learning rate; the epochs are an upper limit.
 FIGURE1 = replace(FOUR_LAYER, drops=(), weight_decay=0.0, last_decay=None)
 # The paper's batch, momentum and decay; the rest is ours.
 ALEXNET = Recipe("cifar10", "small", 60, 128, 0.01, padding=4)
@@ -90,14 +90,14 @@ RECIPES = {
     "pooling": {"small": DIGITS, "full": ALEXNET},
     "dropout_gap": {"small": replace(DIGITS, epochs=60, batch_size=20, train_images=100),
                     "full": ALEXNET},
-    # The paper's weights start about ten times smaller than torch's, from which the first layer
-    # hardly moves: its kernels go on looking like their random start.
+    # The paper's weights start about ten times smaller than torch's. From torch's start the first
+    # layer hardly moves: its kernels keep looking like their random initialisation.
     "kernels": {"small": PATCHES,
                 "full": replace(ALEXNET, dataset="tiny-imagenet-20", crop=56, padding=0,
                                 epochs=90, first_layer_scale=0.1)},
 }  # fmt: skip
 
-# The first learning rates that figure 1 tries: the likeliest first, because a rate only runs until
+# The learning rates that figure 1 tries: the most promising first, because a rate only runs until
 # it is slower than the best one before it.
 RATES = {
     "full": {"relu": (0.001, 0.002, 0.0005, 0.004), "tanh": (0.01, 0.003, 0.03, 0.001)},
@@ -125,10 +125,10 @@ def figure1(variant: str = "relu", *, seed: int = 0, scale: str = "small",
             progress: bool | None = None) -> Record:  # fmt: skip
     """Run one curve of figure 1: epochs to 25 % training error, at the best of several rates.
 
-    Variants: relu, tanh. The rates tried are `RATES`. An epoch's training error is the mean over
-    its batches, each taken before its own update. ``start``: "authors" draws the weights as their
-    file does, for pixels from 0 to 255 minus the mean image; "torch", at small scale only, draws
-    them as torch does, for pixels from 0 to 1. ``checkpoint`` is a folder here.
+    Variants: relu, tanh. The learning rates tried are `RATES`. An epoch's training error is the
+    mean over its batches, each measured before its own update. ``start``: "authors" initialises
+    the weights as in their file, for pixels from 0 to 255 minus the mean image; "torch", at small
+    scale only, as torch does, for standardized pixels. ``checkpoint`` is a folder here.
     """
     recipe = find_recipe("figure1", variant, scale, epochs)
     known = {"authors": scale, "torch": f"{scale}, torch"}
@@ -184,7 +184,8 @@ def ten_view(variant: str = "crops", *, seed: int = 0, scale: str = "small",
              epochs: int | None = None, **run) -> Record:  # fmt: skip
     """Train on random crops; test on the centre and on the mean of ten views (section 4.1).
 
-    The metrics are "error, centre" and "error, ten views" of one network. Arguments as in `lrn`.
+    Its metrics "error, centre" and "error, ten views" are of the same network. Arguments as in
+    `lrn`.
     """
     fitted = fit(find_recipe("ten_view", variant, scale, epochs), seed=seed, **run)
     wide = standardized(fitted.dataset, fitted.recipe.raw_pixels)
@@ -202,9 +203,8 @@ def kernels(variant: str = "two-towers", *, seed: int = 0, scale: str = "small",
     """Learn the kernels of figure 3 in miniature: those of a small AlexNet's first layer.
 
     The array "kernels" of the record holds them as images, the first tower's before the second's;
-    "colourfulness, tower i" is the mean `colourfulness` of a tower's kernels. ``dataset`` takes
-    the place of the recipe's: the name of a NAME.npz of colour images. Other arguments as in
-    `lrn`.
+    "colourfulness, tower i" is the mean `colourfulness` of a tower's kernels. ``dataset`` replaces
+    that of the recipe: the name of a NAME.npz of colour images. Other arguments as in `lrn`.
     """
     recipe = find_recipe("kernels", variant, scale, epochs)
     if dataset is not None:
@@ -228,10 +228,7 @@ def plain(experiment, variant, seed, scale, epochs, run) -> Record:
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale; unknown names list the known ones."""
-    name = f"alexnet.{experiment}"
-    check_name("variant", variant, CHANGES[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = RECIPES[experiment][scale]
+    recipe = recipe_at("alexnet", experiment, variant, scale, VARIANTS, RECIPES)
     recipe = replace(recipe, options=recipe.options | CHANGES[experiment][variant])
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
@@ -256,12 +253,10 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
 
 
 def prepare(recipe: Recipe, seed: int, device: torch.device):
-    """Return the recipe's data set, its network as it starts, and what scales its images."""
+    """Return the recipe's data set, its network as initialised, and its preprocessing."""
     dataset = load_images(recipe, device)
     channels, size = dataset.train_images.shape[1:3]
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         model = NETWORKS[recipe.network](
             len(dataset.classes), in_channels=channels, image_size=recipe.crop or size,
             **recipe.options,
@@ -275,7 +270,7 @@ def prepare(recipe: Recipe, seed: int, device: torch.device):
 
 
 def load_images(recipe: Recipe, device: torch.device) -> data.Dataset:
-    """Return the recipe's data set on the device, shortened as it says."""
+    """Return the recipe's data set on the device, with its number of training images."""
     dataset = photographs() if recipe.dataset == PHOTOGRAPHS else load_own(recipe.dataset)
     first = slice(recipe.train_images)
     images, labels = dataset.train_images[first], dataset.train_labels[first]
@@ -283,9 +278,9 @@ def load_images(recipe: Recipe, device: torch.device) -> data.Dataset:
 
 
 def load_own(name: str) -> data.Dataset:
-    """Return a data set of `data.load`; where that knows none of the name, a DataError.
+    """Return a data set of `data.load`, but raise DataError for a name that it does not know.
 
-    "tiny-imagenet-20" is such a one that the reader must bring: it is lacking, as any other.
+    "tiny-imagenet-20" is one that readers must provide: without it, it counts as missing data.
     """
     try:
         return data.load(name)
@@ -297,7 +292,7 @@ def load_own(name: str) -> data.Dataset:
 
 
 def standardized(dataset: data.Dataset, raw_pixels: bool) -> Callable[[Tensor], Tensor]:
-    """Return what scales images: to 0 to 255 minus the mean image, or channel by channel."""
+    """Return a preprocessing: 0 to 255 minus the mean image, or each channel standardized."""
     if not raw_pixels:
         return data.standardize(dataset)
     centre = data.subtract_mean_image(dataset)
@@ -325,11 +320,12 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def fastest(recipe: Recipe, rates, seed: int, device: torch.device, checkpoint,
             progress: bool | None) -> tuple[Fit, list[dict]]:  # fmt: skip
-    """Train once for each rate; return the fit that reached the target first, and all rows.
+    """Train once at each learning rate; return the fastest fit to the target, and all rows.
 
-    A rate that cannot win any more stops, and so does one whose training error after `PATIENCE`
-    epochs or more is above that of the best rate after as many. If none reaches the target, the
-    one with the least training error is best. A rate that diverges is left out of the rows.
+    A rate stops when it cannot win any more, and when its training error after `PATIENCE` or more
+    epochs is above that of the best rate after as many. If none reaches the target, the one with
+    the least training error is best. A rate that diverges is left out of the rows. Raises
+    NonFiniteLossError if all diverge.
     """
     best, best_key, every, limit, leader = None, None, [], recipe.epochs, []
     for rate in rates:
@@ -354,15 +350,15 @@ def fastest(recipe: Recipe, rates, seed: int, device: torch.device, checkpoint,
 
 def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: torch.device,
                 folder, progress: bool | None, leader=()) -> Fit | None:  # fmt: skip
-    """Train epoch by epoch until an epoch's training error is at most the target, or the limit.
+    """Train until an epoch's training error is at most the target, for at most ``limit`` epochs.
 
-    ``leader``: the errors of a faster run; lagging behind it after `PATIENCE` epochs ends this.
-    Each epoch is a run of `training.train` with a checkpoint of its own in the folder. Returns
-    None for a run that diverged.
+    ``leader``: the errors of the best run so far; a run that lags behind it after `PATIENCE`
+    epochs stops. Each epoch is a call of `training.train` with its own checkpoint in the folder.
+    Returns None for a run that diverged.
     """
     dataset, model, preprocess = prepare(recipe, seed, device)
     optimizer = build_optimizer(model, recipe)
-    # what is tested after every epoch is only to watch the run: a tenth of it is enough
+    # the test after every epoch only monitors the run: a part of the images is enough
     few = replace(dataset, test_images=dataset.test_images[:1000],
                   test_labels=dataset.test_labels[:1000])  # fmt: skip
     history = training.History()
@@ -388,7 +384,7 @@ def train_until(target: float, recipe: Recipe, limit: int, seed: int, device: to
 
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit,
                 metrics: dict) -> Record:  # fmt: skip
-    """Return a finished run's record; errors are those of the trained network, after the end."""
+    """Return a finished run's record; its errors are measured after the last epoch."""
     dataset, rows = fitted.dataset, fitted.history.rows
     train = dataset.train_images[:10_000], dataset.train_labels[:10_000]
     test = dataset.test_images, dataset.test_labels
@@ -406,8 +402,8 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
 def colourfulness(kernels: Tensor) -> Tensor:
     """Return how much of each kernel (n, 3, H, W) is colour: 0 for grey, at most 1.
 
-    The share of its sum of squares that is left when each pixel's mean over red, green and blue is
-    taken away.
+    This is the fraction of its sum of squares that remains after subtracting each pixel's mean
+    over red, green and blue.
 
     >>> grey, red = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     >>> red[:, 0] = 1
@@ -419,7 +415,7 @@ def colourfulness(kernels: Tensor) -> Tensor:
 
 
 def as_images(kernels: Tensor) -> Tensor:
-    """Return kernels (n, 3, H, W) as uint8 images (n, H, W, 3), each stretched."""
+    """Return kernels (n, 3, H, W) as uint8 images (n, H, W, 3), each stretched to 0 to 255."""
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     stretched = (kernels - low) / (high - low).clamp_min(1e-12) * 255
     return stretched.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
@@ -429,16 +425,16 @@ def as_images(kernels: Tensor) -> Tensor:
 
 
 def photograph(name: str = "china.jpg") -> Tensor:
-    """Return a photograph that scikit-learn carries, china.jpg or flower.jpg, uint8 (3, H, W)."""
+    """Return one of scikit-learn's photographs, china.jpg or flower.jpg, as uint8 (3, H, W)."""
     from sklearn.datasets import load_sample_image
 
     return torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1).contiguous()
 
 
 def photographs(size: int = 28, train: int = 1200, test: int = 600) -> data.Dataset:
-    """Return patches of the two photographs; the class is which third of which photograph.
+    """Return patches of two photographs, labelled by photograph and by its left to right third.
 
-    Both are halved in size first. Patches of training and test overlap: this set shows what a
+    Both are halved in size first. Patches for training and testing overlap: this set shows what a
     first layer learns and what views do, not how well anything generalises.
     """
     generator = torch.Generator().manual_seed(0)

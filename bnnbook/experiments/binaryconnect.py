@@ -1,8 +1,8 @@
 """BinaryConnect (Courbariaux, Bengio, David, NIPS 2015), one function per table or figure.
 
 Hyperparameters come from the paper and, where it is silent, from the authors' code: its early
-state (MNIST with plain SGD, weights of ±c) for MNIST at full scale, the released one for CIFAR-10,
-SVHN and the small scale. What neither says is ours, and a comment says so.
+version (MNIST with plain SGD, weights of ±c) for MNIST at full scale, the released one for
+CIFAR-10, SVHN and the small scale. What neither says is our choice, and a comment says so.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign, stochastic_sign
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import SquaredHingeLoss, binary_layers, quantized_by
 from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
 from bnnbook.optim import clip_after_step, glorot_scaled_groups
@@ -31,7 +31,6 @@ VARIANTS = {
     "table2_svhn": ("none", "deterministic", "stochastic"),
     "clipping": ("clipped", "unclipped"),
 }
-
 
 # The paper's test errors in per cent: (mean, spread), the spread None where it gives none.
 PAPER = {
@@ -60,7 +59,7 @@ def paper_error(table: str, variant: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training run, complete."""
+    """All settings of one training run."""
 
     dataset: str  # a name of data.load, or "svhn+extra"
     hidden: tuple[int, ...]  # units of the hidden fully connected layers
@@ -69,25 +68,25 @@ class Recipe:
     optimizer: str  # sgd, nesterov (momentum 0.9) or adam (0.9, 0.999)
     lr_start: float
     lr_end: float  # reached exponentially, one step an epoch
-    validation: int  # so many training images, the last ones (svhn+extra: see `svhn_with_extra`)
+    validation: int  # training images held out, the last ones (svhn+extra: `svhn_with_extra`)
     reduction: str = "mean"  # of the squared hinge loss, see SquaredHingeLoss
     lr_scaling: bool = True  # of the binary layers, see glorot_scaled_groups
     clip: bool = True
-    init_bound: float = 1.0  # latent weights start at U(-bound, bound), clipped to [-1, 1]
+    init_bound: float = 1.0  # latent weights start as U(-bound, bound), clipped to [-1, 1]
     evaluate_every: int = 1  # epochs
-    norm_images: int = 10_000  # batch-norm statistics for the test: from so many training images
-    widths: tuple[int, ...] = ()  # two convolutions and a pooling each; none: a perceptron
+    norm_images: int = 10_000  # training images for the batch-norm statistics of the test
+    widths: tuple[int, ...] = ()  # two convolutions and a pooling for each; empty: an MLP
     whiten: bool = False  # contrast normalisation and ZCA; else minus the mean image
 
 
 # Released code, in miniature: ADAM, mean loss, latent weights from U(-1, 1).
 SMALL = Recipe("digits", (256, 256), 30, 50, "adam", 3e-3, 3e-6, validation=300)
 # Table 2's MNIST column. The early code trains ±c weights with one learning rate from Glorot's
-# initialisation; in units of c that is ±1 weights, rates over c squared and U(-2, 2), clipped.
+# initialisation; in units of c that means ±1 weights, rates over c squared and U(-2, 2), clipped.
 MNIST = Recipe("mnist", (1024, 1024, 1024), 1000, 200, "sgd", 0.3, 0.01, validation=10_000,
                reduction="batchmean", init_bound=2.0)  # fmt: skip
-# Table 2's other columns, all of it the released code's. The paper agrees on ADAM, batches of 50,
-# 5000 validation images, whitening, no augmentation and 500 epochs, as we recall it.
+# Table 2's other columns, all settings from the released code. The paper agrees on ADAM, batches
+# of 50, 5000 validation images, whitening, no augmentation and 500 epochs, as we recall it.
 CIFAR10 = Recipe("cifar10", (1024, 1024), 500, 50, "adam", 3e-3, 2e-6, validation=5000,
                  widths=(128, 256, 512), whiten=True)  # fmt: skip
 # Whitening and 200 epochs: the paper, as we recall it. Rates, network (only the convolutions are
@@ -111,7 +110,7 @@ RECIPES = {
     "clipping": {"small": replace(SMALL, epochs=12)},
 }  # fmt: skip
 
-# First learning rates that table 1 tries at full scale, for so many epochs each; ours.
+# Initial learning rates that table 1 tries at full scale, and the epochs of each trial; ours.
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 TRIAL_EPOCHS = 5
 
@@ -128,7 +127,7 @@ class Fit:
     settings: dict  # what the recipe leaves open: kind of weights, dropout, precision
 
     def tested_with(self, weight_quantizer: Callable[[Tensor], Tensor]) -> nn.Module:
-        """Return the network with another weight quantizer and statistics collected for it."""
+        """Return a copy with another weight quantizer and batch-norm statistics made for it."""
         return test_network(self.model, weight_quantizer, self.dataset, self.preprocess,
                             self.recipe.norm_images)  # fmt: skip
 
@@ -145,9 +144,9 @@ def test_network(model: nn.Module, weight_quantizer, dataset: data.Dataset, prep
 
 @functools.lru_cache(maxsize=1)
 def prepare(name: str, validation: int, whiten: bool, device: torch.device, root: Path):
-    """Return a data set on the device, and what preprocesses its images.
+    """Return a data set on the device, and its preprocessing.
 
-    The last answer is kept: whitening takes most of a minute to fit, and all variants share it.
+    The last result is cached: whitening takes most of a minute to fit, and all variants share it.
     """
     if name == "svhn+extra":
         dataset = svhn_with_extra(root)
@@ -162,8 +161,9 @@ def prepare(name: str, validation: int, whiten: bool, device: torch.device, root
 def svhn_with_extra(root: Path, per_class: int = 400, extra_per_class: int = 200) -> data.Dataset:
     """Return SVHN with its 531 131 extra training images, some of each class held out.
 
-    The numbers held out are the released code's: 6000 in all, which leaves 598 388. Which ones
-    is ours: the last of each class. torchvision downloads what is missing, 1.3 GB for the extra.
+    As many are held out as in the released code: 6000 in all, which leaves 598 388. Which ones is
+    our choice: the last of each class. torchvision downloads what is missing, 1.3 GB for the extra
+    images.
     """
     from torchvision import datasets
 
@@ -193,7 +193,7 @@ def last_of_each_class(labels: Tensor, count: int) -> Tensor:
 
 def build_network(recipe: Recipe, dataset: data.Dataset, weights: str,
                   dropout: float = 0.0) -> nn.Module:  # fmt: skip
-    """Return the recipe's perceptron or, where it has widths, its convolutional network."""
+    """Return the recipe's MLP or, if it has widths, its convolutional network."""
     image, classes = dataset.train_images[0], len(dataset.classes)
     if recipe.widths:
         return binaryconnect_cnn(classes, widths=recipe.widths, hidden=recipe.hidden[0],
@@ -204,7 +204,7 @@ def build_network(recipe: Recipe, dataset: data.Dataset, weights: str,
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer, its rates scaled and its weights clipped as it says."""
+    """Return the recipe's optimizer, with its learning-rate scaling and its clipping."""
     kinds = {
         "sgd": (torch.optim.SGD, {}, 2),
         "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, 2),
@@ -226,15 +226,13 @@ def fit(recipe: Recipe, weights: str, *, dropout: float = 0.0, seed: int = 0, de
         checkpoint=None, progress: bool | None = None) -> Fit:  # fmt: skip
     """Train the recipe's network with "real", "deterministic" or "stochastic" weights.
 
-    After an epoch it is tested the paper's way: deterministic with its binary weights, stochastic
+    It is tested as in the paper: a deterministic network with its binary weights, a stochastic one
     with its real ones, each with batch-norm statistics collected for the weights in use.
     """
     device = training.choose_device(device)
     dataset, preprocess = prepare(recipe.dataset, recipe.validation, recipe.whiten, device,
                                   data.root_folder())  # fmt: skip
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         model = build_network(recipe, dataset, weights, dropout)
         for layer in binary_layers(model):
             layer.reset_parameters(recipe.init_bound)
@@ -258,7 +256,8 @@ def table2(variant: str = "deterministic", *, seed: int = 0, scale: str = "small
     """Run one row of table 2 on MNIST (also figures 1 and 2): test error by regulariser.
 
     Variants: none, deterministic, stochastic (both without dropout) and dropout (0.5 on the hidden
-    units of the real network). Binary variants also report the ways to run them at test time.
+    units of the real network). Binary variants also report the three methods of test-time
+    inference.
     ``epochs`` shortens the recipe; ``run`` is device, checkpoint, progress of `fit`.
     """
     return by_regulariser("table2", variant, seed, scale, epochs, run)
@@ -268,15 +267,15 @@ def table2_cifar10(variant: str = "deterministic", *, seed: int = 0, scale: str 
                    epochs: int | None = None, **run) -> Record:  # fmt: skip
     """Run one row of table 2 on CIFAR-10 (also figure 3): the paper's convolutional network.
 
-    Images are whitened (`bnnbook.data.zca_whiten`), not augmented. The real network's rate is not
-    scaled. Variants: none, deterministic, stochastic; arguments as in `table2`.
+    Images are whitened (`bnnbook.data.zca_whiten`), not augmented. The learning rate of the real
+    network is not scaled. Variants: none, deterministic, stochastic; arguments as in `table2`.
     """
     return by_regulariser("table2_cifar10", variant, seed, scale, epochs, run)
 
 
 def table2_svhn(variant: str = "deterministic", *, seed: int = 0, scale: str = "small",
                 epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run one row of table 2 on SVHN, its extra images included; as in `table2_cifar10`."""
+    """Run one row of table 2 on SVHN with its extra images; otherwise as `table2_cifar10`."""
     return by_regulariser("table2_svhn", variant, seed, scale, epochs, run)
 
 
@@ -295,10 +294,10 @@ def table1(variant: str = "adam-scaled", *, seed: int = 0, scale: str = "small",
            **run) -> Record:  # fmt: skip
     """Run one cell of table 1: an optimizer, with and without learning-rate scaling.
 
-    The network is deterministic; ``lr`` is the first learning rate and the last is a thousandth of
-    it. Without ``lr`` the small scale takes its recipe's; the full one tries all `RATES` for a few
-    epochs and takes the one with the least validation error; ``checkpoint`` is then a folder.
-    ``epochs`` and ``run`` as in `table2`.
+    The network is deterministic; ``lr`` is the initial learning rate, the last is a thousandth of
+    it. Without ``lr``, the small scale uses that of its recipe; the full scale tries all `RATES`
+    for a few epochs and uses the one with the least validation error, and ``checkpoint`` is then a
+    folder. ``epochs`` and ``run`` as in `table2`.
     """
     recipe = find_recipe("table1", variant, scale, epochs)
     optimizer, _, scaling = variant.partition("-")
@@ -317,7 +316,7 @@ def table1(variant: str = "adam-scaled", *, seed: int = 0, scale: str = "small",
 
 
 def at_rate(recipe: Recipe, lr: float) -> Recipe:
-    """Return the recipe with a first learning rate, and a last one a thousandth of it."""
+    """Return the recipe with another initial learning rate, and a thousandth of it as the last."""
     return replace(recipe, lr_start=lr, lr_end=lr / 1000)
 
 
@@ -325,8 +324,8 @@ def try_rates(recipe: Recipe, seed: int, folder: Path | None,
               run: dict) -> tuple[dict[float, float], float]:  # fmt: skip
     """Return the validation error after `TRIAL_EPOCHS` at each of `RATES`, and the seconds.
 
-    The error is 1 where the loss diverged; the seconds leave such a trial out. A trial is the
-    recipe shortened: its rate, too, falls to a thousandth.
+    The error is 1 if the loss diverged; the seconds leave out such a trial. A trial is a shortened
+    recipe: its learning rate falls to a thousandth, too.
     """
     errors, seconds = {}, 0.0
     for rate in RATES:
@@ -356,15 +355,12 @@ def clipping(variant: str = "clipped", *, seed: int = 0, scale: str = "small",
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return the recipe at a scale, shortened to ``epochs``; unknown names list the known ones."""
-    name = f"binaryconnect.{experiment}"
-    check_name("variant", variant, VARIANTS[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = RECIPES[experiment][scale]
+    recipe = recipe_at("binaryconnect", experiment, variant, scale, VARIANTS, RECIPES)
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
 
 def inference_modes(fitted: Fit, seed: int, samples: int = 30) -> dict[str, float]:
-    """Return the test error of each way to run the network at test time (section 2.6).
+    """Return the test error of each method of test-time inference (section 2.6).
 
     "real, training statistics" pairs real weights with batch-norm statistics that were collected
     under binary ones: the wrong pairing, kept to show what it costs.
@@ -388,8 +384,7 @@ def sampled_outputs(fitted: Fit, seed: int, samples: int) -> Tensor:
     network, device = copy.deepcopy(fitted.model), dataset.test_images.device
     layers = [(layer, layer.weight.detach().clone()) for layer in binary_layers(network)]
     outputs = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         for _ in range(samples):
             for layer, latent in layers:
                 layer.weight.data, layer.weight_quantizer = stochastic_sign(latent), real_weight
@@ -434,7 +429,10 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
 
 
 def features(weight: Tensor, dataset: data.Dataset, count: int = 25) -> Tensor:
-    """Return the first ``count`` units' weights as uint8 images (count, H, W), each stretched."""
+    """Return the first ``count`` units' weights as images, uint8 (count, H, W).
+
+    Each is stretched to 0 to 255.
+    """
     images = weight[:count].reshape(count, *dataset.train_images.shape[-2:]).float().cpu()
     low, high = images.amin((1, 2), keepdim=True), images.amax((1, 2), keepdim=True)
     return ((images - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)

@@ -1,8 +1,8 @@
-"""Expert binary networks (Bulat, Martinez, Tzimiropoulos, ICLR 2021), one function a comparison.
+"""Expert binary networks (Bulat et al., ICLR 2021), one function per comparison.
 
-The paper was read as arXiv 2010.03558v1, with the authors' released code; its camera-ready may
-print other numbers. It trains on ImageNet. Here the networks are small ones for CIFAR and the
-epochs fewer; each value of a recipe names its source. Distillation is left out.
+The paper was read as arXiv 2010.03558v1, with the authors' released code; the camera-ready version
+may print other numbers. It trains on ImageNet; here the networks are small ones for CIFAR,
+trained for fewer epochs. Each value of a recipe names its source. Distillation is left out.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import ExpertBinaryConv2d, binary_layers
 from bnnbook.models import expertnet, load_one_expert, summary
 from bnnbook.models.expert import ExpertUnit
 from bnnbook.probes import FlipRatio
 from bnnbook.records import Record, encode_array
 
-STAGES = ("one expert", "stage I", "stage II")  # an equal number of epochs each
+STAGES = ("one expert", "stage I", "stage II")  # with an equal number of epochs each
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run through all three stages, complete."""
+    """All settings of one run through the three stages."""
 
     dataset: str
     epochs: int  # of all stages together
-    experts: int = 4  # paper: the final model has so many
-    start: str = "replicated"  # of the experts; "random": all are there from the first epoch
-    gate: str = "softmax"  # how it learns: paper; "sigmoid" is the released code's default
+    experts: int = 4  # paper: as in the final model
+    start: str = "replicated"  # of the experts; "random": all are trained from the first epoch
+    gate: str = "softmax"  # how the gate learns: paper; "sigmoid" is the released code's default
     temperature: float = 1.0  # of that softmax: paper
     # The 20-layer network for CIFAR, a shortcut around each convolution (Bi-Real Net): ours.
     blocks: tuple[int, ...] = (3, 3, 3)
@@ -45,16 +45,16 @@ class Recipe:
     pointwise: bool = False  # paper: True in its designed networks, False in its baseline
     batch_size: int = 256  # released code
     lr: float = 1e-3  # of Adam: paper
-    milestones: tuple[float, ...] = (40 / 75, 55 / 75, 65 / 75)  # a tenth each: paper
-    warmup: float = 10 / 75  # share of a stage's epochs: paper; linear, and in each stage: ours
+    milestones: tuple[float, ...] = (40 / 75, 55 / 75, 65 / 75)  # lr to a tenth at each: paper
+    warmup: float = 10 / 75  # fraction of a stage's epochs: paper; linear, in each stage: ours
     weight_decay: float = 1e-5  # none in stage II: paper
     mixup: float = 0.2  # parameter of the beta distribution: paper
     augment: bool = True  # crops after padding by 4, and flips: usual for CIFAR
 
 
-# The paper gives a stage 75 epochs; 45 are ours, the rate falling at the same shares of them.
+# The paper trains a stage for 75 epochs, here it is 45; the rate falls at the same fractions.
 FULL = Recipe("cifar10", 135)
-# Ours: digits, a small network, two experts, a higher rate for few steps.
+# Ours: digits, a small network, two experts, and a higher rate because there are few steps.
 SMALL = Recipe("digits", 12, experts=2, blocks=(1, 1), width=8, groups=(1, 1), batch_size=50,
                lr=1e-2, milestones=(0.75,), warmup=0.0, mixup=0.0, augment=False)  # fmt: skip
 
@@ -67,7 +67,7 @@ def _counts(recipe: Recipe) -> dict[str, dict]:
 
 
 def _widths(recipe: Recipe) -> dict[str, dict]:
-    """Return one-expert networks: twice the width with four times the groups, and others."""
+    """Return one-expert networks: narrow, and twice as wide with or without more groups."""
     wide = {"experts": 1, "expansion": 2}
     grouped = wide | {"groups": tuple(4 * group for group in recipe.groups)}
     return {
@@ -78,7 +78,7 @@ def _widths(recipe: Recipe) -> dict[str, dict]:
     }
 
 
-# What each variant changes in the recipe of its experiment, as a function of that recipe.
+# The changes that each variant makes to its experiment's recipe, as a function of that recipe.
 CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
     "experts": _counts,
     "gate": lambda recipe: {gate: {"gate": gate} for gate in ("softmax", "sigmoid")},
@@ -112,17 +112,14 @@ PAPER = {
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
-    """Return a variant's recipe at a scale, of ``epochs``; unknown names list the known ones."""
-    name = f"bulat2021.{experiment}"
-    check_name("variant", variant, VARIANTS[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = RECIPES[experiment][scale]
+    """Return a variant's recipe at a scale; ``epochs``, if given, replaces the recipe's."""
+    recipe = recipe_at("bulat2021", experiment, variant, scale, VARIANTS, RECIPES)
     recipe = replace(recipe, **CHANGES[experiment](recipe)[variant])
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
 
 def stage_epochs(epochs: int) -> list[int]:
-    """Return the epochs of each stage, equal but for rounding; the last always has one.
+    """Return the epochs of each stage, equal up to rounding; the last has at least one.
 
     >>> stage_epochs(135), stage_epochs(1)
     ([45, 45, 45], [0, 0, 1])
@@ -137,7 +134,7 @@ def stage_epochs(epochs: int) -> list[int]:
 def build_network(recipe: Recipe, dataset: data.Dataset, experts: int) -> nn.Module:
     """Return the recipe's network as the first two stages train it: real weights, binary inputs.
 
-    ``experts`` in each convolution; with 1 it has no gates.
+    ``experts`` is their number in each convolution; with 1 there are no gates.
     """
     return expertnet(
         len(dataset.classes), in_channels=dataset.train_images.shape[1], experts=experts,
@@ -149,10 +146,11 @@ def build_network(recipe: Recipe, dataset: data.Dataset, experts: int) -> nn.Mod
 
 @torch.no_grad()
 def binarize_weights(model: nn.Module) -> None:
-    """Go over to stage II: each real weight becomes the latent weight of its sign.
+    """Prepare stage II: each real weight becomes a latent weight, of which the sign is used.
 
-    Each output channel's learned scale takes over the mean magnitude that is lost with it, over
-    all experts. The paper does not say what happens to the scale; this is ours.
+    The learned scale of each output channel is multiplied by the mean magnitude of its weights,
+    over all experts, which the sign discards. The paper does not say what happens to the scale;
+    this is our choice.
     """
     for unit in (m for m in model.modules() if isinstance(m, ExpertUnit)):
         size = unit.conv.weight.abs().mean((-3, -2, -1))  # of each expert, if there are several
@@ -161,11 +159,14 @@ def binarize_weights(model: nn.Module) -> None:
 
 
 class Mixup:
-    r"""Mix each training image with another one of its batch, and the losses in the same shares.
+    r"""Mixup: mix each training image with another of its batch, and their losses likewise.
 
-    The share :math:`\lambda` is drawn from Beta(a, a), a = ``alpha``, once for a batch; 0 mixes
-    nothing. ``augment`` and ``loss`` belong together, for `training.train`; ``before`` is an
-    augmentation that comes first, or None.
+    .. math:: x = \lambda x_i + (1 - \lambda) x_j, \qquad
+              L = \lambda L(y_i) + (1 - \lambda) L(y_j)
+
+    :math:`\lambda` is drawn once per batch from Beta(a, a), with a = ``alpha``; 0 mixes nothing.
+    Pass both ``augment`` and ``loss`` to `training.train`: they belong together. ``before`` is an
+    augmentation that comes first, or None. (Zhang et al., 2018; recalled.)
     """
 
     def __init__(self, alpha: float, before: Callable | None = None):
@@ -173,12 +174,12 @@ class Mixup:
         self.share, self.order = 1.0, slice(None)
 
     def augment(self, images: Tensor) -> Tensor:
-        """Return the mixed images, real numbers from 0 to 255 where they are mixed."""
+        """Return the mixed images, floating point from 0 to 255; unmixed ones keep their dtype."""
         images = self.before(images) if self.before else images
         if not self.alpha:
             return images
         alpha = torch.full((), self.alpha, device=images.device)
-        # drawn on the device, which need not be waited for then; nor for a check of alpha
+        # drawn on the device and without a check of alpha, so that nothing waits for the device
         self.share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
         self.order = torch.randperm(len(images), device=images.device)
         return self.share * images + (1 - self.share) * images[self.order]
@@ -190,7 +191,7 @@ class Mixup:
 
 
 def rate_factor(recipe: Recipe, epochs: int) -> Callable[[int], float]:
-    """Return what multiplies the rate in each epoch of a stage, as a function from 0."""
+    """Return the learning rate's factor in each epoch of a stage, as a function of the epoch."""
     warmup = round(recipe.warmup * epochs)
     falls = [round(share * epochs) for share in recipe.milestones]
 
@@ -202,14 +203,14 @@ def rate_factor(recipe: Recipe, epochs: int) -> Callable[[int], float]:
 
 @dataclass
 class Fit:
-    """A network after all stages, and what was measured on the way."""
+    """A network after all stages, and what was measured during training."""
 
     model: nn.Module
-    rows: list[dict]  # epochs counted through, with the column ``stage``: 0, 1 or 2
+    rows: list[dict]  # epochs numbered across stages, with the column ``stage``: 0, 1 or 2
     dataset: data.Dataset
     preprocess: Callable[[Tensor], Tensor]
     recipe: Recipe
-    stage1: Tensor  # which expert fires, after stage I; see `firing`
+    stage1: Tensor  # `firing` after stage I
 
 
 def fit(recipe: Recipe, *, dataset: data.Dataset | None = None, seed: int = 0, device=None,
@@ -221,9 +222,7 @@ def fit(recipe: Recipe, *, dataset: data.Dataset | None = None, seed: int = 0, d
     device = training.choose_device(device)
     dataset = (dataset or data.load(recipe.dataset)).to(device)
     preprocess = data.standardize(dataset)
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         one, model = (build_network(recipe, dataset, n).to(device) for n in (1, recipe.experts))
     replicated = recipe.start == "replicated"
     rows, fires = [], None
@@ -243,7 +242,7 @@ def fit(recipe: Recipe, *, dataset: data.Dataset | None = None, seed: int = 0, d
 
 
 def _train(network, dataset, preprocess, recipe, stage, epochs, *, seed, checkpoint, **run):
-    """Train one stage and return its history's rows."""
+    """Train one stage; return the rows of its history."""
     decay = 0.0 if stage == 2 else recipe.weight_decay
     optimizer = torch.optim.Adam(network.parameters(), recipe.lr, weight_decay=decay)
     mixup = Mixup(recipe.mixup, data.crop_flip(padding=4) if recipe.augment else None)
@@ -262,10 +261,10 @@ def _train(network, dataset, preprocess, recipe, stage, epochs, *, seed, checkpo
 
 @torch.no_grad()
 def firing(model: nn.Module, dataset: data.Dataset, preprocess: Callable) -> Tensor:
-    """Return how often each expert fires for the test images of each class, as a share.
+    """Return the fraction of each class's test images for which each expert fires.
 
-    Shape (layers, experts, classes), on the CPU; the shares of a layer's experts add up to 1. A
-    network without gates gives no layers.
+    Shape (layers, experts, classes), on the CPU; the fractions of a layer's experts add up to 1. A
+    network without gates has 0 layers.
     """
     layers = [m for m in binary_layers(model) if isinstance(m, ExpertBinaryConv2d)]
     chosen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
@@ -287,9 +286,9 @@ def firing(model: nn.Module, dataset: data.Dataset, preprocess: Callable) -> Ten
 def experts_used(fires: Tensor) -> np.ndarray:
     r"""Return each layer's effective number of experts, :math:`\exp(-\sum_j p_j \ln p_j)`.
 
-    :math:`p_j` is the share of all test images for which expert j fires: 1 if one always does, the
-    number of experts if all do equally often. ``fires`` is that of `firing`, with classes of equal
-    size.
+    :math:`p_j` is the fraction of all test images for which expert j fires. The result is 1 if one
+    expert always fires, and the number of experts if all fire equally often. ``fires`` is that of
+    `firing`, for classes of equal size.
     """
     p = fires.mean(2).clamp(min=1e-12)
     return (-(p * p.log()).sum(1)).exp().numpy()
@@ -300,22 +299,23 @@ def experts_used(fires: Tensor) -> np.ndarray:
 
 def experts(variant: str = "two", *, seed: int = 0, scale: str = "small",
             epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run a network of one, two or four experts (table 1), all with the same total of epochs.
+    """Run a network with one, two or four experts (table 1), for the same number of epochs.
 
-    ``epochs`` replaces the recipe's; ``run`` is device, checkpoint (a folder), progress of `fit`.
+    ``epochs`` replaces the recipe's; ``run`` takes `fit`'s device, checkpoint (a folder) and
+    progress.
     """
     return _run("experts", variant, seed, scale, epochs, **run)
 
 
 def experts_cifar100(variant: str = "two", *, seed: int = 0, scale: str = "small",
                      epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run `experts` on CIFAR-100 (table 7); at small scale it is the same as `experts`."""
+    """Run `experts` on CIFAR-100 (table 7); at small scale the two are the same."""
     return _run("experts_cifar100", variant, seed, scale, epochs, **run)
 
 
 def gate(variant: str = "softmax", *, seed: int = 0, scale: str = "small",
          epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run gates that learn through a softmax, or as in the released code (appendix A.2.3).
+    """Run a network whose gates learn through a softmax or a sigmoid (appendix A.2.3).
 
     ``epochs`` and ``run`` as in `experts`.
     """
@@ -324,7 +324,7 @@ def gate(variant: str = "softmax", *, seed: int = 0, scale: str = "small",
 
 def start(variant: str = "replicated", *, seed: int = 0, scale: str = "small",
           epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run experts that start as copies of a trained one, or at random in the first stage.
+    """Run experts that start as copies of a trained one, or are all there from the first stage.
 
     ``epochs`` and ``run`` as in `experts`. (Section 4.1.)
     """
@@ -347,10 +347,10 @@ def _run(experiment, variant, seed, scale, epochs, **run) -> Record:
 
 
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit) -> Record:
-    """Return a finished run's record: errors after stages I and II, operations, experts' use.
+    """Return a finished run's record: errors after stages I and II, operations, use of experts.
 
-    "bops" and "macs" are of one image, the experts that do not fire left out. The array "fires" is
-    `firing` at the end, in steps of 1/255.
+    "bops" and "macs" are for one image, without the experts that do not fire. The array "fires" is
+    `firing` at the end of training, in steps of 1/255.
     """
     rows, images = fitted.rows, fitted.dataset.test_images
     fires = firing(fitted.model, fitted.dataset, fitted.preprocess)

@@ -1,8 +1,8 @@
 """Latent weights do not exist (Helwegen et al., NeurIPS 2019), one function per figure or test.
 
 Hyperparameters come from the paper (read as arXiv 1906.02107v1) and, where it is silent, from the
-authors' code: models/binarynet.py and data/cifar10.py. What is ours is marked so. Nothing is held
-out, and the test error is that after the last epoch: no epoch is chosen by it.
+authors' code: models/binarynet.py and data/cifar10.py. Our own choices are marked as such. No
+validation set is held out, and the test error is that after the last epoch: it selects nothing.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import binary_layers, quantized_by
 from bnnbook.models import binarynet
 from bnnbook.optim import (
@@ -60,7 +60,7 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training run, complete."""
+    """All settings of one training run."""
 
     dataset: str
     epochs: int
@@ -69,20 +69,20 @@ class Recipe:
     rate: float  # gamma of bop, else the learning rate of the latent weights
     threshold: float = 0.0  # of bop
     milestones: tuple[int, ...] = ()  # the rate falls to a tenth after these epochs
-    real_lr: float = 0.01  # Adam's, of the shifts of batch normalisation
-    real_decays: bool = False  # as the other rate does
+    real_lr: float = 0.01  # Adam's learning rate of batch normalisation's shifts
+    real_decays: bool = False  # whether real_lr falls at the milestones too
     lr_scaling: bool = False  # of latent weights: rates over Glorot's coefficient (BinaryConnect)
     clip: bool = False  # latent weights to [-1, 1]
-    init_scale: float = 1.0  # times Glorot's uniform start
+    init_scale: float = 1.0  # factor of Glorot's uniform initialisation
     widths: tuple[int, ...] = (128, 256, 512)
     hidden: tuple[int, ...] = (1024, 1024)
-    augment: bool = True  # crop from 4 pixels of padding, and mirror
-    norm_images: int = 10_000  # batch-norm statistics collected anew: from so many training images
+    augment: bool = True  # crops after padding by 4, and flips
+    norm_images: int = 10_000  # training images from which batch-norm statistics are re-estimated
 
 
 # The released code's set "bop", the paper's section 5.1.
 CIFAR = Recipe("cifar10", 100, 100, "bop", rate=1e-3, threshold=1e-6)
-# The paper's section 5.2, and what its baseline does otherwise.
+# The paper's section 5.2, and the settings in which its baseline differs.
 BOP52 = replace(CIFAR, epochs=500, batch_size=50, rate=1e-4, threshold=1e-8,
                 milestones=(100, 200, 300, 400))  # fmt: skip
 BASELINE52 = {"method": "adam", "rate": 1e-3, "threshold": 0.0, "real_lr": 1e-3,
@@ -118,8 +118,8 @@ def figure1(variant: str = "middle", *, seed: int = 0, scale: str = "small",
     """Run one curve of figure 1: Bop with one gamma and one threshold.
 
     Variants: middle (in both panels), high-gamma and low-gamma (ten times, a tenth), no-threshold
-    (0) and high-threshold (ten times). ``epochs`` shortens the recipe; ``run`` is device,
-    checkpoint, progress of `fit`.
+    (0) and high-threshold (ten times). ``epochs`` shortens the recipe; ``run`` takes `fit`'s
+    device, checkpoint and progress.
     """
     recipe = find_recipe("figure1", variant, scale, epochs)
     gamma, threshold = FIGURE1[variant]
@@ -129,7 +129,7 @@ def figure1(variant: str = "middle", *, seed: int = 0, scale: str = "small",
 
 def section52(variant: str = "bop", *, seed: int = 0, scale: str = "small",
               epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run section 5.2 (figure 2): Bop or the latent-weight baseline, 500 epochs, rates in steps.
+    """Run section 5.2 (figure 2): Bop or the latent-weight baseline, 500 epochs, stepwise decay.
 
     ``epochs`` and ``run`` as in `figure1`.
     """
@@ -155,11 +155,12 @@ def _against_latent(experiment, variant, seed, scale, epochs, run) -> Record:
 
 def scaling(variant: str = "reference", *, seed: int = 0, scale: str = "small",
             epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run section 3's example of theorem 1: plain SGD on latent weights from Glorot's start.
+    """Run section 3's example of theorem 1: plain SGD on latent weights, initialised by Glorot.
 
-    Variants: reference (rate 1), low-rate (0.01), and low-rate-scaled (0.01, its start multiplied
-    by 0.01 too). No clipping and no mask, so that the theorem's conditions hold; batch norm's
-    shifts are trained by Adam in all three. ``epochs`` and ``run`` as in `figure1`.
+    Variants: reference (learning rate 1), low-rate (0.01), and low-rate-scaled (0.01, with initial
+    weights also multiplied by 0.01). There is no clipping and no mask, so that the theorem's
+    conditions hold; Adam trains batch norm's shifts in all three. ``epochs`` and ``run`` as in
+    `figure1`.
     """
     recipe = find_recipe("scaling", variant, scale, epochs)
     rate, start = SCALING[variant]
@@ -169,11 +170,11 @@ def scaling(variant: str = "reference", *, seed: int = 0, scale: str = "small",
 
 def latent_inference(variant: str = "adam", *, seed: int = 0, scale: str = "small",
                      epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run section 3's test: a trained network used with its latent weights, activations binary.
+    """Run section 3's test: use a trained network with its latent weights, activations binary.
 
-    Variants: adam (rate 0.001), adam-high (0.01), sgd (1). The metrics are accuracies on both sets
-    of images, with either kind of weights and with either kind of batch-norm statistics; see
-    `inference_modes`. ``epochs`` and ``run`` as in `figure1`.
+    Variants: adam (learning rate 0.001), adam-high (0.01), sgd (1). The metrics are accuracies on
+    training and test images, with binary and latent weights, and with two kinds of batch-norm
+    statistics; see `inference_modes`. ``epochs`` and ``run`` as in `figure1`.
     """
     recipe = find_recipe("latent_inference", variant, scale, epochs)
     method, rate = LATENT[variant]
@@ -183,11 +184,8 @@ def latent_inference(variant: str = "adam", *, seed: int = 0, scale: str = "smal
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
-    """Return the recipe at a scale, shortened to ``epochs``; unknown names list the known ones."""
-    name = f"helwegen2019.{experiment}"
-    check_name("variant", variant, VARIANTS[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = RECIPES[experiment][scale]
+    """Return the recipe at a scale; ``epochs``, if given, replaces the recipe's."""
+    recipe = recipe_at("helwegen2019", experiment, variant, scale, VARIANTS, RECIPES)
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
 
@@ -205,9 +203,9 @@ class Fit:
 
 
 class OwnStatistics:
-    """Test after each epoch a copy whose batch-norm statistics are collected anew.
+    """Probe that tests a copy with re-estimated batch-norm statistics after each epoch.
 
-    The running statistics look 100 steps back, to weights that may have flipped since. Column:
+    The running statistics average over about 100 steps, in which weights may have flipped. Column:
     ``test_accuracy_own_statistics``.
     """
 
@@ -219,10 +217,10 @@ class OwnStatistics:
         self.model = model
 
     def step(self) -> None:
-        """Do nothing: the test is once an epoch."""
+        """Do nothing: the test is once per epoch."""
 
     def epoch(self) -> dict[str, float]:
-        """Return the column."""
+        """Return the test accuracy of the copy."""
         network = own_statistics(self.model, self.dataset, self.norm_images)
         return {"test_accuracy_own_statistics": accuracy(network, self.dataset)}
 
@@ -231,21 +229,20 @@ class OwnStatistics:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take nothing back."""
+        """Do nothing: there is no state."""
 
 
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None) -> Fit:  # fmt: skip
-    """Train the recipe's BinaryNet; the history has the last layer's flips as the paper has them.
+    """Train the recipe's BinaryNet; the history also has the flips of the last layer.
 
-    Column ``last_layer_pi``: `log_flip_ratio` of the last layer in each step, averaged over the
-    epoch. `OwnStatistics` gives another; ``test_accuracy`` is with running statistics.
+    Column ``last_layer_pi``: the paper's `log_flip_ratio` of the last layer in each step, averaged
+    over the epoch. ``test_accuracy`` is with running batch-norm statistics; `OwnStatistics` adds a
+    column for re-estimated ones.
     """
     device = training.choose_device(device)
     dataset = data.load(recipe.dataset).to(device)
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         model = build_network(recipe, dataset)
     optimizers = build_optimizers(model.to(device), recipe)
     decaying = optimizers if recipe.real_decays else optimizers[:1]
@@ -266,10 +263,10 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
 
 
 def build_network(recipe: Recipe, dataset: data.Dataset) -> nn.Module:
-    """Return BinaryNet from Glorot's uniform start, times ``init_scale``; binary for Bop.
+    """Return BinaryNet with Glorot's uniform initialisation times ``init_scale``; ±1 for Bop.
 
-    Latent weights get gradients everywhere: where clipping keeps them in [-1, 1], a mask would
-    change nothing, and where nothing clips, theorem 1 forbids one.
+    The quantizer of latent weights has no mask: with clipping to [-1, 1] it would change nothing,
+    and without clipping theorem 1 forbids it.
     """
     quantizer = None if recipe.method == "bop" else partial(ste_sign, clip_value=None)
     channels, size = dataset.train_images.shape[1:3]
@@ -283,7 +280,7 @@ def build_network(recipe: Recipe, dataset: data.Dataset) -> nn.Module:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the optimizer of the binary weights, then Adam for the shifts of batch norm."""
+    """Return the optimizer of the binary weights, and Adam for the shifts of batch norm."""
     binary, real = split_parameters(model)
     if recipe.method not in ("bop", "adam", "sgd"):
         raise ValueError(f"unknown method {recipe.method!r}; known: bop, adam, sgd")
@@ -301,9 +298,9 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 def own_statistics(model: nn.Module, dataset: data.Dataset, norm_images: int,
                    quantizer: Callable | None = None) -> nn.Module:  # fmt: skip
-    """Return a copy with statistics of its own, and with another weight quantizer if one is given.
+    """Return a copy with re-estimated batch-norm statistics, under another quantizer if given.
 
-    A network whose weights are ±1 themselves has no quantizer to replace.
+    ``quantizer`` is for latent weights; weights that are ±1 themselves need none.
     """
     network = copy.deepcopy(model)
     for layer in binary_layers(network) if quantizer else ():
@@ -314,18 +311,18 @@ def own_statistics(model: nn.Module, dataset: data.Dataset, norm_images: int,
 
 def accuracy(network: nn.Module, dataset: data.Dataset, part: str = "test",
              images: int | None = None) -> float:  # fmt: skip
-    """Return the accuracy on the first ``images`` of a part of the data, "train" or "test"."""
+    """Return the accuracy on the first ``images`` images of a part, "train" or "test"."""
     inputs, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
     return training.evaluate(network, inputs[:images], labels[:images],
                              preprocess=data.signed_range)  # fmt: skip
 
 
 def inference_modes(fitted: Fit) -> dict[str, float]:
-    """Return accuracies of binary and of latent weights, each with two kinds of statistics.
+    """Return accuracies with binary and latent weights, each with two kinds of statistics.
 
-    Keys such as "test accuracy, latent, own statistics". Running statistics were collected in
-    training, under the binary weights of the last steps; own ones are collected anew, for the
-    weights in use, with activations binary. On training images: the first ``norm_images``.
+    Keys are such as "test accuracy, latent, own statistics". Running statistics were collected in
+    training, under the binary weights of the last steps; own ones are re-estimated for the weights
+    in use, with binary activations. Both parts are limited to their first ``norm_images`` images.
     """
     found, count = {}, fitted.recipe.norm_images
     for part, (name, quantizer) in product(
@@ -342,7 +339,7 @@ def inference_modes(fitted: Fit) -> dict[str, float]:
 
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit,
                 metrics: dict | None = None) -> Record:  # fmt: skip
-    """Return a finished run's record; its errors are those after the last epoch."""
+    """Return a finished run's record, with the errors after the last epoch."""
     rows, recipe = fitted.history.rows, fitted.recipe
     metrics = {
         "test_error": 1 - rows[-1]["test_accuracy"],

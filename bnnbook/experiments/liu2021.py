@@ -1,9 +1,9 @@
 """Adam and training strategies (Liu et al., ICML 2021): optimizer, weight decay, two steps.
 
-The paper trains on ImageNet; here its comparisons are made on CIFAR-10, so no number is expected
-to be the paper's, only the direction. Sections 1 to 3 were read through a translation, section 4
-was not available. In the comments "paper" and "released code" (AdamBNN) name a value's source;
-what has none is this book's own choice.
+The paper trains on ImageNet; here its comparisons are made on CIFAR-10, so only their directions
+can be expected to agree, not the numbers. Sections 1 to 3 were read in translation, section 4 was
+not available. In the comments, "paper" and "released code" (AdamBNN) name the source of a value;
+values without a source are this book's own choice.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from bnnbook import data, probes, training
 from bnnbook.binarize import magnitude_aware_sign, real_weight
 from bnnbook.experiments.quist2023 import NETWORKS
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import binary_layers
 from bnnbook.optim import split_parameters
 from bnnbook.records import Record, encode_array
@@ -43,20 +43,20 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run, complete."""
+    """All settings of one run."""
 
     dataset: str
     network: str  # one of `quist2023.NETWORKS`
     epochs: int  # of each step
-    lr: float  # falls to 0 in a straight line, an epoch at a time: paper and released code
+    lr: float  # falls linearly to 0, once per epoch: paper and released code
     optimizer: str = "adam"  # of all parameters: paper; "adam" or "sgd"
     weight_decay: float = 0.0  # of latent weights, added to their gradient as torch does it
     steps: tuple[str, ...] = ("binary",)  # each "binary" or "real" (weights), one after another
     first_weight_decay: float = 0.0  # of the first of two steps
     batch_size: int = 256  # released code
     momentum: float = 0.9  # of SGD; Adam's first beta, the second is 0.999: released code
-    start: float = 1e-3  # latent weights from U(-start, start); released code: U(0, start)
-    augment: bool = True  # crop from 4 pixels of padding, and mirror
+    start: float = 1e-3  # latent weights start as U(-start, start); released code: U(0, start)
+    augment: bool = True  # crops after padding by 4, and flips
 
 
 # The released code: 256 epochs a step on ImageNet, with a teacher's outputs as targets.
@@ -90,14 +90,11 @@ RECIPES = {
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
-    """Return a variant's recipe at a scale; unknown names list the known ones.
+    """Return a variant's recipe at a scale.
 
-    ``epochs``, of each step, replaces the recipe's.
+    ``epochs``, the number for each step, replaces the recipe's if given.
     """
-    name = f"liu2021.{experiment}"
-    check_name("variant", variant, VARIANTS[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = RECIPES[experiment][scale]
+    recipe = recipe_at("liu2021", experiment, variant, scale, VARIANTS, RECIPES)
     if experiment == "optimizer":
         kind, _, lr = variant.partition("-")
         recipe = replace(recipe, optimizer=kind, lr=float(lr))
@@ -113,11 +110,11 @@ def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -
 def scaled_sign(w: Tensor) -> Tensor:
     r"""Binarise to :math:`\kappa_c \operatorname{sign}(w)`, as the released code does.
 
-    :math:`\kappa_c` is the mean of :math:`|w|` over output channel c of w (out, ...). Backward: 1
-    where :math:`|w| \le 1`, else 0, without :math:`\kappa_c`. A latent weight beyond 1 gets no
-    gradient any more, but also no clipping.
+    :math:`\kappa_c` is the mean of :math:`|w|` over output channel c of w (out, in, ...). Backward
+    :math:`\partial q/\partial w = 1` where :math:`|w| \le 1`, else 0, without :math:`\kappa_c`. A
+    latent weight beyond 1 gets no gradient any more, and is not clipped either.
     """
-    passed = w.clamp(-1, 1)  # minus itself it is exactly 0, and has a gradient
+    passed = w.clamp(-1, 1)  # minus its detached copy it is exactly 0, but has a gradient
     return magnitude_aware_sign(w, None).detach() + (passed - passed.detach())
 
 
@@ -129,10 +126,10 @@ QUANTIZERS = {"binary": scaled_sign, "real": real_weight}
 
 @dataclass
 class Fit:
-    """A trained network with what was measured on the way."""
+    """A trained network with what was measured during training."""
 
     model: nn.Module
-    histories: list[training.History]  # one a step
+    histories: list[training.History]  # one per step
     dataset: data.Dataset
     recipe: Recipe
     start: nn.Module  # the network before the first step
@@ -152,7 +149,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, number: int) -> torch.opti
     latent, real = split_parameters(model)
     first = number == 0 and len(recipe.steps) > 1
     decay = recipe.first_weight_decay if first else recipe.weight_decay
-    # torch's constructors refuse a negative weight decay, which the paper has; a group carries it
+    # set in the group below, since torch's constructors refuse the paper's negative weight decay
     groups = [{"params": latent}, {"params": real}]
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, recipe.lr, (recipe.momentum, 0.999))
@@ -166,12 +163,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe, number: int) -> torch.opti
 
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None) -> Fit:  # fmt: skip
-    """Train the recipe's network, step after step; ``checkpoint`` is a folder of several then."""
+    """Train the recipe's network, step by step.
+
+    ``checkpoint`` is a file, or a folder for more than one step.
+    """
     device = training.choose_device(device)
     dataset = data.load(recipe.dataset).to(device)
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         model = build_model(recipe).to(device)
     start, histories = copy.deepcopy(model), []
     for number, weights in enumerate(recipe.steps):
@@ -200,7 +198,7 @@ def optimizer(variant: str = "adam-0.001", *, seed: int = 0, scale: str = "small
               epochs: int | None = None, **run) -> Record:  # fmt: skip
     """Run Adam or SGD at one learning rate (figures 3 to 5, 7 and 8).
 
-    ``epochs`` shortens the recipe; ``run`` is device, checkpoint, progress of `fit`.
+    ``epochs`` shortens the recipe; ``run`` takes `fit`'s device, checkpoint and progress.
     """
     return _run("optimizer", variant, seed, scale, epochs, run)
 
@@ -216,10 +214,10 @@ def weight_decay(variant: str = "1x", *, seed: int = 0, scale: str = "small",
 
 def two_step(variant: str = "two-step", *, seed: int = 0, scale: str = "small",
              epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run one step, or a first one with real weights before it (table 1, figure 7).
+    """Run one step, or a step with real weights and then one with binary ones (table 1, figure 7).
 
-    "twice" is our control: as long as two steps, the learning rate restarted, but binary weights
-    in both. ``epochs`` and ``run`` as in `optimizer`.
+    "twice" is our control: it is as long as two steps and restarts the learning rate, too, but has
+    binary weights in both. ``epochs`` and ``run`` as in `optimizer`.
     """
     return _run("two_step", variant, seed, scale, epochs, run)
 
@@ -249,10 +247,10 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
 def measure(fitted: Fit) -> tuple[dict[str, float], dict]:
     """Return the metrics and the arrays of a run's record.
 
-    - flip_ratio: of the last step's training, the mean over its epochs (the FF ratio).
-    - unmoved: share of latent weights that are still no larger than their start's bound.
-    - magnitude, magnitude_spread: mean and standard deviation, over the output channels of the
-      first binary layer with a quantized input, of their mean latent magnitude.
+    - flip_ratio: the FF ratio, averaged over the epochs of the last step.
+    - unmoved: fraction of latent weights still below the bound of their initialisation.
+    - magnitude, magnitude_spread: mean and standard deviation over the output channels of the
+      channels' mean latent magnitudes, in the first binary layer with a quantized input.
     - arrays: these magnitudes, and the histogram of all latent weights over ±`BOUND`.
     """
     rows, layers = fitted.histories[-1].rows, list(binary_layers(fitted.model))

@@ -1,8 +1,9 @@
 """Real-to-binary training (Martinez, Yang, Bulat, Tzimiropoulos, ICLR 2020), piece by piece.
 
-In the comments "paper" names a value's source; what has none is this book's own choice. The
-paper's mixup is left out, and its 350 epochs a step are shortened, with the drops in proportion.
-The warm-up stays, but in runs shorter than the recipe it is shortened in proportion, too.
+In the comments, "paper" names the source of a value; values without a source are this book's own
+choice. The paper's mixup is left out, and its 350 epochs per step are shortened, with the drops of
+the learning rate in proportion. The warm-up keeps its length, except in runs shorter than the
+recipe, where it is shortened in proportion as well.
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import attention_matching, binary_layers
 from bnnbook.models import expertnet
 from bnnbook.models.expert import ExpertUnit
@@ -33,7 +34,7 @@ DROPS = (150 / 350, 250 / 350, 320 / 350)  # paper: CIFAR-100's epochs at which 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run, complete."""
+    """All settings of one run."""
 
     dataset: str
     epochs: int  # of each step, the teacher's training included
@@ -48,7 +49,7 @@ class Recipe:
     weight_decay: float = 1e-5  # but 0 in the last step; paper
     warmup: int = 5  # epochs, in the first step only; paper
     batch_size: int = 128  # paper
-    augment: bool = True  # crop from 4 pixels of padding, and mirror
+    augment: bool = True  # crops after padding by 4, and flips
 
 
 FULL = Recipe("cifar100", 60)
@@ -56,8 +57,8 @@ SMALL = replace(FULL, dataset="digits", epochs=6, blocks=(1, 1), width=8, lr=2e-
                 warmup=0, batch_size=50, augment=False)  # fmt: skip
 RECIPES = {"pieces": {"small": SMALL, "full": FULL}}
 
-# The paper gives no weights. larq has 30 and 3, then 0.8 in the last step, but divides the maps by
-# their maximum: with the norm, 30 leaves little of the cross entropy.
+# The paper does not give these weights of the loss. larq has 30 and 3, then 0.8 in the last step,
+# but divides the maps by their maximum: with the norm, 30 would drown the cross entropy.
 ATTENTION, LOGITS = 1.0, 1.0
 CHANGES = {
     "baseline": {},
@@ -71,11 +72,13 @@ VARIANTS = {"pieces": tuple(CHANGES)}
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
-    """Return a variant's recipe at a scale, ``epochs`` a step long; fewer shorten its warm-up."""
-    name = f"martinez2020.{experiment}"
-    check_name("variant", variant, VARIANTS[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = replace(RECIPES[experiment][scale], **CHANGES[variant])
+    """Return a variant's recipe at a scale.
+
+    ``epochs``, the number for each step, replaces the recipe's if given; fewer epochs shorten the
+    warm-up, too.
+    """
+    recipe = recipe_at("martinez2020", experiment, variant, scale, VARIANTS, RECIPES)
+    recipe = replace(recipe, **CHANGES[variant])
     if epochs is None:
         return recipe
     warmup = round(recipe.warmup * min(1, epochs / recipe.epochs))
@@ -87,7 +90,7 @@ def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -
 
 @dataclass(frozen=True)
 class Step:
-    """One training of the sequence: what is binary in it, and what its teacher adds."""
+    """One step of the training sequence: what is binary in it, and how it is taught."""
 
     name: str
     inputs: str  # of the convolutions, one of `INPUTS`
@@ -103,11 +106,11 @@ REAL = Step("real", "relu")  # the first teacher; same layout, real weights and 
 
 
 def plan(recipe: Recipe) -> list[Step]:
-    """Return the student's steps; the last is the binary network, and has logits only.
+    """Return the student's steps, of which the last trains the binary network.
 
-    Progressive (the paper's three): tanh activations, then binary ones, then binary weights too,
-    each taught by the network before it. Otherwise the baseline's two, both taught by the real
-    network where there is any teaching at all.
+    A progressive recipe has the paper's three: tanh activations, then binary ones, then binary
+    weights too, each taught by the network of the step before, the last through its logits only.
+    Other recipes have the baseline's two, both taught by the real network if by any.
     """
     helped = {"attention": recipe.attention, "logits": recipe.logits}
     if not recipe.progressive:
@@ -122,11 +125,11 @@ def plan(recipe: Recipe) -> list[Step]:
 
 
 def begin(network: nn.Module, step: Step) -> None:
-    """Set the quantizers of a step; a scale takes over the size of weights that become binary.
+    """Set the quantizers of a step, and rescale the channels whose weights become binary.
 
-    Binary weights are larger than the real ones that they replace, by 1 over the mean magnitude of
-    an output channel. The channel's learned scale is multiplied by it, so that the outputs keep
-    their size (XNOR-Net's scale; here a choice of ours).
+    The learned scale of each output channel is multiplied by the mean magnitude of its real
+    weights, so that its outputs keep their size with weights of ±1 (XNOR-Net's scale; that it is
+    used here is our choice).
     """
     if step.weights == "binary":
         with torch.no_grad():
@@ -141,7 +144,7 @@ def begin(network: nn.Module, step: Step) -> None:
 
 
 def block_features(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the features at the end of each block, of two convolutions, and the outputs."""
+    """Return the features at the end of each block (of two convolutions), and the outputs."""
     features, x = [], images
     for name, part in network.named_children():
         for number, unit in enumerate(part if name.startswith("stage") else [part]):
@@ -152,7 +155,7 @@ def block_features(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Te
 
 
 class Student(nn.Module):
-    """A network that keeps what it saw and computed in training, until the loss takes it."""
+    """A network that keeps its training inputs and features until the loss has used them."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -167,7 +170,7 @@ class Student(nn.Module):
 
 
 class Distillation:
-    r"""Help a student by a teacher: :math:`L = L_{CE} + a\, L_{att} + b\, L_{logits}`.
+    r"""Loss of a student with a teacher: :math:`L = L_{CE} + a\, L_{att} + b\, L_{logits}`.
 
     :math:`L_{att}` is `attention_matching` at the ends of blocks, a = ``step.attention``;
     :math:`L_{logits} = -\sum_c p_c^T \log p_c^S` the cross entropy to the teacher's probabilities,
@@ -181,7 +184,7 @@ class Distillation:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the batch that the student has just seen."""
         features, theirs = self.look()
-        ours, self.student.features = self.student.features, []  # which hold the backward pass
+        ours, self.student.features = self.student.features, []  # free them with the batch's graph
         loss = F.cross_entropy(outputs, targets)
         if self.step.attention:
             loss = loss + self.step.attention * attention_matching(ours, features)
@@ -203,7 +206,7 @@ class Distillation:
 
 @dataclass
 class Fit:
-    """The networks after each step, and how their trainings went; by the steps' names."""
+    """The networks and training histories of all steps, by the steps' names."""
 
     networks: dict[str, nn.Module]
     histories: dict[str, training.History]
@@ -212,20 +215,20 @@ class Fit:
 
 
 def build_network(recipe: Recipe, dataset: data.Dataset) -> nn.Module:
-    """Return the recipe's network, with Real-to-Binary's block order and real downsampling."""
+    """Return the recipe's network, in Real-to-Binary's block order, with real downsampling."""
     return expertnet(len(dataset.classes), blocks=recipe.blocks, groups=(1,) * len(recipe.blocks),
                      width=recipe.width, in_channels=dataset.train_images.shape[1], experts=1,
                      pointwise=False, data_driven=recipe.data_driven)  # fmt: skip
 
 
 def rate_factor(epoch: int, recipe: Recipe, warmup: int) -> float:
-    """Return the learning rate's factor in an epoch: up in a line, then a tenth at each drop."""
+    """Return the learning rate's factor in an epoch: linear warm-up, then a tenth at each drop."""
     rise = min(1.0, (epoch + 1) / (warmup + 1))
     return rise * 0.1 ** sum(epoch >= drop * recipe.epochs for drop in DROPS)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, last: bool) -> torch.optim.Optimizer:
-    """Return Adam with the step's learning rate; convolutions and output layer decay."""
+    """Return Adam with the step's learning rate; only convolutions and output layer decay."""
     parameters = list(model.parameters())
     decay = 0.0 if last else recipe.weight_decay
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
@@ -235,7 +238,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, last: bool) -> torch.optim
 
 def train_step(network: nn.Module, teacher: nn.Module | None, step: Step, number: int,
                dataset: data.Dataset, recipe: Recipe, **run) -> training.History:  # fmt: skip
-    """Train the network, in place, in one step; the number of the first one is 0."""
+    """Train the network in place through one step; the student's first step has number 0."""
     begin(network, step)
     student, loss = network, F.cross_entropy
     if teacher is not None:
@@ -253,39 +256,35 @@ def train_step(network: nn.Module, teacher: nn.Module | None, step: Step, number
 
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None) -> Fit:  # fmt: skip
-    """Train the teacher, if there is one, and the student; ``checkpoint`` is a folder here."""
+    """Train the real teacher, if there is one, and the student; ``checkpoint`` is a folder."""
     device = training.choose_device(device)
     dataset = data.load(recipe.dataset).to(device)
     networks, histories = {}, {}
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         network = build_network(recipe, dataset).to(device)
         real = build_network(replace(recipe, data_driven=False), dataset).to(device)
-    run = {"device": device, "progress": progress}
-    steps = plan(recipe)
-    if any(step.teacher for step in steps):
-        steps = [REAL, *steps]
-    for number, step in enumerate(steps):
-        # a copy, as it was at the end of its own step; "real" is the first
-        teachers = {"real": networks.get("real"), "previous": [None, *networks.values()][-1]}
-        teacher = teachers.get(step.teacher)
+    steps, previous = plan(recipe), None
+    taught = any(step.teacher for step in steps)  # then the teacher's own training has number -1
+    for number, step in enumerate([REAL, *steps] if taught else steps):
+        teacher = {"real": networks.get("real"), "previous": previous}.get(step.teacher)
         student = real if step is REAL else network
-        path = checkpoint and Path(checkpoint) / f"{step.name}.pt"
-        histories[step.name] = train_step(student, teacher, step, number - (REAL in steps),
-                                          dataset, recipe, seed=seed + 1000 * number,
-                                          checkpoint=path, **run)  # fmt: skip
-        networks[step.name] = copy.deepcopy(student)
+        histories[step.name] = train_step(
+            student, teacher, step, number - taught, dataset, recipe, seed=seed + 1000 * number,
+            checkpoint=checkpoint and Path(checkpoint) / f"{step.name}.pt", device=device,
+            progress=progress,
+        )  # fmt: skip
+        # a copy, because the next step trains the same network on
+        networks[step.name] = previous = copy.deepcopy(student)
     return Fit(networks, histories, dataset, recipe)
 
 
 def pieces(variant: str = "full", *, seed: int = 0, scale: str = "small",
            epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Train the strong baseline, or with some or all of the paper's pieces.
+    """Train the paper's strong baseline, alone or with some or all of the paper's pieces.
 
     Variants: baseline; attention and attention-logits, taught by a real network in both steps;
-    scale, the data-driven one alone; progressive, attention and logits in three steps; full, all.
-    ``epochs`` shortens the recipe; ``run`` is device, checkpoint, progress of `fit`.
+    scale, the data-driven scale alone; progressive, attention and logits in three steps; full, all
+    of them. ``epochs`` shortens the recipe; ``run`` takes `fit`'s device, checkpoint and progress.
     """
     fitted = fit(find_recipe("pieces", variant, scale, epochs), seed=seed, **run)
     return make_record(variant, seed, scale, fitted)

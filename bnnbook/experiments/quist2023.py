@@ -1,8 +1,8 @@
 """Gradient filters (Quist, Li, van Gemert, ICLR 2023), one function per comparison of the paper.
 
-The body of the paper could not be read and its CIFAR-10 code is not released. What is compared
-follows a published review of the paper; where no comment names a source, a recipe's numbers are
-this book's own choice. No accuracy of the paper is known.
+We could not read the body of the paper, and its CIFAR-10 code is not released. The comparisons
+follow a published review of the paper; where no comment names a source, a recipe's numbers are
+this book's own choice. None of the paper's accuracies is known to us.
 """
 
 import copy
@@ -19,36 +19,36 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, filters, probes, training
 from bnnbook.binarize import approx_sign, magnitude_aware_sign, sign, ste_sign
-from bnnbook.experiments.runs import check_name, finished
+from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import BinaryLinear, binary_layers
 from bnnbook.models import birealnet20
 from bnnbook.optim import CascadedEMA, LatentSGD, split_parameters
 from bnnbook.records import Record, encode_array
 
-TINY = 2.0**-60  # latent weights that start so small are a zero with a random sign
-START_STEPS = 200  # whose flip ratios a record keeps one by one
+TINY = 2.0**-60  # a latent weight that starts at ±TINY is in effect a 0 with a random sign
+START_STEPS = 200  # number of first steps whose flip ratios a record keeps one by one
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one training run, complete."""
+    """All settings of one training run."""
 
     dataset: str
     network: str  # one of `NETWORKS`
     epochs: int
-    alpha: float  # of the first step
+    alpha: float  # at the first step
     gamma: float = 0.1
     decay: str = "none"  # of alpha, one of `DECAYS`, step by step
     optimizer: str = "filter"  # CascadedEMA; for latent weights "latent" or "torch", both SGD
-    latent_lr: float = 1.0  # epsilon of latent weights; their weight decay follows from alpha
-    start: float = 0.0  # latent weights begin at U(-start, start); 0: at 0 with a random sign
+    latent_lr: float = 1.0  # lr of latent weights; their weight decay is alpha over it
+    start: float = 0.0  # latent weights start as U(-start, start); 0: at 0 with a random sign
     clip: float | None = None  # bound of the latent weights
     quantizer: str = "sign"  # of the latent weights, one of `QUANTIZERS`
     batch_size: int = 50
     real_lr: float = 0.1  # of all other parameters: SGD, momentum 0.9, falling as a cosine
     real_weight_decay: float = 0.0  # of them, batch normalisation left out
     augment: bool = False  # crops after padding by 4, and flips
-    norm_images: int = 10_000  # batch-norm statistics are renewed from so many training images
+    norm_images: int = 10_000  # training images from which batch-norm statistics are re-estimated
 
 
 SMALL = Recipe("digits", "perceptron", 16, alpha=0.01)
@@ -56,10 +56,10 @@ SMALL = Recipe("digits", "perceptron", 16, alpha=0.01)
 FULL = Recipe("cifar10", "birealnet20", 150, alpha=1e-3, batch_size=256, real_weight_decay=1e-4,
               augment=True)  # fmt: skip
 
-# How alpha falls: a factor, of the progress u from 0 to 1.
+# How alpha decays: its factor as a function of the progress u, from 0 to 1.
 DECAYS: dict[str, Callable[[float], float]] = {
     "none": lambda u: 1.0,
-    "linear": lambda u: 1 - u,  # the released ImageNet code, there an epoch at a time
+    "linear": lambda u: 1 - u,  # the released ImageNet code, there once per epoch
     "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2,  # the CIFAR-10 study, says the review
     "step": lambda u: 0.1 ** sum((u >= 0.5, u >= 0.75)),
     "exponential": lambda u: 1e-3**u,
@@ -69,11 +69,12 @@ DECAYS: dict[str, Callable[[float], float]] = {
 def forward_scaled_sign(w: Tensor) -> Tensor:
     r"""Binarise to :math:`\kappa_c \operatorname{sign}(w)` and pass the gradient unchanged.
 
-    :math:`\kappa_c` is the mean of :math:`|w|` over output channel c of w (out, ...). Other than
-    `magnitude_aware_sign` it is left out of the backward pass: so do the PyTorch code of Bi-Real
-    Net and the latent mode of Quist et al.'s released code.
+    :math:`\kappa_c` is the mean of :math:`|w|` over output channel c of w (out, in, ...). Backward
+    :math:`\partial q/\partial w = 1`: unlike in `magnitude_aware_sign`, :math:`\kappa_c` is left
+    out of the backward pass, as in the PyTorch code of Bi-Real Net and in the latent mode of Quist
+    et al.'s released code.
     """
-    # w minus itself is exactly 0, and has a gradient
+    # w minus its detached copy is exactly 0, but has a gradient
     return magnitude_aware_sign(w, None).detach() + (w - w.detach())
 
 
@@ -81,9 +82,10 @@ QUANTIZERS = {"sign": partial(ste_sign, clip_value=None), "scaled": forward_scal
 
 
 def perceptron(weight_quantizer, hidden: int = 128) -> nn.Sequential:
-    """Return the small network, 64-hidden-hidden-10: all weights and hidden activations binary.
+    """Return an MLP, 64-hidden-hidden-10, with all weights and hidden activations binary.
 
-    Batch normalisation follows every layer; its scales and shifts are the only real parameters.
+    Batch normalisation follows every layer; its gains and shifts are the only real parameters.
+    Input (N, 1, 8, 8), the digits; output (N, 10).
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, units in pairwise([64, hidden, hidden, 10]):
@@ -104,7 +106,7 @@ NETWORKS = {
 
 
 def _order(recipe: Recipe) -> dict[str, dict]:
-    """Return the second-order filter and two first-order ones that match it in one respect."""
+    """Return the second-order filter, and first-order ones of equal noise gain or flip rate."""
     rates = recipe.alpha, recipe.gamma
     same = {
         "second": {},
@@ -116,7 +118,7 @@ def _order(recipe: Recipe) -> dict[str, dict]:
 
 
 def _scale_invariance(recipe: Recipe) -> dict[str, dict]:
-    """Return the grid: clipping and scaling on or off, learning rate, start of latent weights."""
+    """Return the grid of clipping, scaling, learning rate and start of the latent weights."""
     modes = {"plain": {}, "clipped": {"clip": 1.0}, "scaled": {"quantizer": "scaled"},
              "clipped-scaled": {"clip": 1.0, "quantizer": "scaled"}}  # fmt: skip
     return {
@@ -129,8 +131,8 @@ def _scale_invariance(recipe: Recipe) -> dict[str, dict]:
     }
 
 
-# What each variant changes in the recipe of its experiment, as a function of that recipe; the
-# experiments that tell most come first.
+# The changes that each variant makes to its experiment's recipe, as a function of that recipe; the
+# most informative experiments come first.
 CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
     "latent_parity": lambda recipe: {
         name: {"optimizer": name} for name in ("filter", "latent", "torch")
@@ -157,14 +159,11 @@ VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None,
                 alpha: float | None = None) -> Recipe:  # fmt: skip
-    """Return a variant's recipe at a scale; unknown names list the known ones.
+    """Return a variant's recipe at a scale.
 
-    ``epochs`` and ``alpha`` replace the recipe's, the latter before the variant's changes.
+    ``epochs`` and ``alpha``, if given, replace the recipe's; alpha before the variant's changes.
     """
-    name = f"quist2023.{experiment}"
-    check_name("variant", variant, VARIANTS[experiment], name)
-    check_name("scale", scale, RECIPES[experiment], name)
-    recipe = RECIPES[experiment][scale]
+    recipe = recipe_at("quist2023", experiment, variant, scale, VARIANTS, RECIPES)
     recipe = recipe if alpha is None else replace(recipe, alpha=alpha)
     recipe = replace(recipe, **CHANGES[experiment](recipe)[variant])
     return recipe if epochs is None else replace(recipe, epochs=epochs)
@@ -174,10 +173,10 @@ def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None,
 
 
 class EachStep:
-    """A schedule that moves on after every step of its optimizer, not after an epoch.
+    """A learning-rate schedule that advances after every optimizer step, not after each epoch.
 
-    ``factor`` is a function of the progress, from 0 before the first of so many ``steps`` towards
-    1. `training.train` only saves and restores it.
+    ``factor`` is a function of the progress, which is 0 before the first of ``steps`` steps and 1
+    after the last. `training.train` only saves and restores it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable, steps: int):
@@ -198,7 +197,7 @@ class EachStep:
 
 @dataclass
 class Fit:
-    """A trained network with what was measured on the way."""
+    """A trained network with what was measured during training."""
 
     model: nn.Module
     history: training.History
@@ -214,7 +213,7 @@ class Fit:
         return 1 - self.history.rows[-1]["test_accuracy"]
 
     def renewed_error(self) -> float:
-        """Return the test error with batch-norm statistics collected for the final weights."""
+        """Return the test error with batch-norm statistics re-estimated for the final weights."""
         images = self.dataset.train_images[: self.recipe.norm_images]
         network = training.reestimate_batchnorm(copy.deepcopy(self.model), images,
                                                 preprocess=self.preprocess)  # fmt: skip
@@ -223,7 +222,7 @@ class Fit:
 
 
 def build_model(recipe: Recipe) -> nn.Module:
-    """Return the recipe's network; the same seed gives the same signs, latent or binary."""
+    """Return the recipe's network; a seed gives the same signs to latent and binary weights."""
     latent = recipe.optimizer != "filter"
     model = NETWORKS[recipe.network](QUANTIZERS[recipe.quantizer] if latent else None)
     with torch.no_grad():
@@ -238,7 +237,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 def binary_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """Return the optimizer of the binary weights; all three are the filter (alpha, gamma).
 
-    torch's SGD is so for an alpha that does not change, with the settings `sgd_rates` inverts.
+    torch's SGD equals it only for a constant alpha, with the settings that `sgd_rates` inverts.
     """
     alpha, gamma, lr = recipe.alpha, recipe.gamma, recipe.latent_lr
     if recipe.optimizer == "filter":
@@ -252,7 +251,7 @@ def binary_optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim
 
 
 def real_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return SGD of the real parameters, with weight decay on all but one-dimensional ones."""
+    """Return SGD for the real parameters, with weight decay on all but one-dimensional ones."""
     _, real = split_parameters(model)
     groups = [
         {"params": [p for p in real if p.dim() > 1], "weight_decay": recipe.real_weight_decay},
@@ -264,13 +263,11 @@ def real_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None, samples: Sequence[probes.GradientSample] = (),
         ) -> Fit:  # fmt: skip
-    """Train the recipe's network; ``samples`` record gradients on the way."""
+    """Train the recipe's network; ``samples`` record gradients during training."""
     device = training.choose_device(device)
     dataset = data.load(recipe.dataset).to(device)
     preprocess = data.standardize(dataset)
-    # drawn on the CPU: the same start on every device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # on the CPU: the same start on every device
         model = build_model(recipe).to(device)
         binary = binary_optimizer(split_parameters(model)[0], recipe)  # which draws signs of 0
     real = real_optimizer(model, recipe)
@@ -292,16 +289,16 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
 
 def alpha_sweep(variant: str = "0.01-none", *, seed: int = 0, scale: str = "small",
                 epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run one alpha, held or decayed by a cosine: accuracy and flip ratio over alpha.
+    """Run one alpha, constant or with cosine decay: accuracy and flip ratio over alpha.
 
-    ``epochs`` shortens the recipe; ``run`` is device, checkpoint, progress of `fit`.
+    ``epochs`` shortens the recipe; ``run`` takes `fit`'s device, checkpoint and progress.
     """
     return _run("alpha_sweep", variant, seed, scale, epochs, **run)
 
 
 def alpha_decay(variant: str = "cosine", *, seed: int = 0, scale: str = "small",
                 epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run one schedule of alpha, `DECAYS`; the review names cosine and none as the paper's.
+    """Run one schedule of alpha out of `DECAYS`; the review names cosine and none as the paper's.
 
     ``epochs`` and ``run`` as in `alpha_sweep`.
     """
@@ -310,7 +307,7 @@ def alpha_decay(variant: str = "cosine", *, seed: int = 0, scale: str = "small",
 
 def order(variant: str = "second-none", *, seed: int = 0, scale: str = "small",
           epochs: int | None = None, alpha: float | None = None, **run) -> Record:  # fmt: skip
-    """Run the second-order filter, or the first-order one of the same noise gain or flip rate.
+    """Run the second-order filter, or a first-order one of the same noise gain or flip rate.
 
     ``alpha`` is that of the second-order filter, by default the recipe's; ``epochs`` and ``run``
     as in `alpha_sweep`.
@@ -320,7 +317,7 @@ def order(variant: str = "second-none", *, seed: int = 0, scale: str = "small",
 
 def latent_parity(variant: str = "filter", *, seed: int = 0, scale: str = "small",
                   epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run the filter on ±1 weights, the same with latent weights, or with torch's own SGD.
+    """Run the filter on ±1 weights, or as latent weights under `LatentSGD` or torch's own SGD.
 
     ``epochs`` and ``run`` as in `alpha_sweep`.
     """
@@ -329,7 +326,9 @@ def latent_parity(variant: str = "filter", *, seed: int = 0, scale: str = "small
 
 def scale_invariance(variant: str = "plain-lr1-start0", *, seed: int = 0, scale: str = "small",
                      epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run latent weights of one learning rate and start, clipped and scaled or not, alpha fixed.
+    """Run latent weights with one learning rate and start, clipped or not, scaled or not.
+
+    Alpha is the same in all variants.
 
     ``epochs`` and ``run`` as in `alpha_sweep`.
     """
@@ -359,10 +358,10 @@ def spectra(variant: str = "second", *, seed: int = 0, scale: str = "small",
 
 
 def gradient_statistics(gradients: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Return medians over the weights of gradients (steps, weights), and their power spectrum.
+    """Return statistics of gradients (steps, weights), and their power spectrum.
 
-    "snr" and "autocorrelation" are those of `signal_to_noise` and `lag_one_autocorrelation`, the
-    power that of `power_spectrum`, float32.
+    "snr" and "autocorrelation" are medians over the weights of `signal_to_noise` and
+    `lag_one_autocorrelation`; the power is that of `power_spectrum`, float32.
     """
     numbers = {"snr": probes.signal_to_noise(gradients),
                "autocorrelation": probes.lag_one_autocorrelation(gradients)}  # fmt: skip
@@ -380,10 +379,11 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
                 metrics: dict | None = None, arrays: dict | None = None) -> Record:  # fmt: skip
     """Return a finished run's record: the last epoch's error, flip ratios, history.
 
-    "flip_ratio" is the mean over all epochs but the first, whose beginning is the start's.
+    "flip_ratio" is the mean over all epochs but the first, which begins with the flips of the
+    start.
     """
     rows, flips = fitted.history.rows, fitted.flips.history()
-    if flips.dim() == 2:  # one column a layer: pool them by their sizes
+    if flips.dim() == 2:  # one column per layer: pool the layers, weighted by their sizes
         sizes = torch.tensor(fitted.flips.sizes, dtype=flips.dtype)
         flips = flips @ sizes / sizes.sum()
     metrics = {

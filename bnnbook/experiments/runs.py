@@ -1,8 +1,11 @@
-"""What the experiments of all papers share: names checked, and a finished run made a record."""
+"""What all papers' experiments share: their recipes' lookup, seeding, and records of runs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+
+import torch
 
 from bnnbook import training
 from bnnbook.data import Dataset
@@ -16,10 +19,34 @@ def check_name(what: str, name: str, known: Collection[str], experiment: str) ->
         raise ValueError(f"unknown {what} {name!r} of {experiment}; known: {listed}")
 
 
-def check_settings(scale: str, seeds: int, epochs: int, least: int = 1) -> None:
-    """Raise ValueError, at once, for a chapter's settings that it cannot be run with.
+def recipe_at(paper: str, experiment: str, variant: str, scale: str, variants: Mapping,
+              recipes: Mapping):  # fmt: skip
+    """Return the recipe of an experiment at a scale, before its variant's changes.
 
-    epochs: 0 for the recipes' own number, or else ``least`` or more, which its claims compare.
+    variants, recipes: by experiment, a paper's ``VARIANTS`` and ``RECIPES``. Raises ValueError,
+    listing the known ones, for an unknown variant or scale.
+    """
+    name = f"{paper}.{experiment}"
+    check_name("variant", variant, variants[experiment], name)
+    check_name("scale", scale, recipes[experiment], name)
+    return recipes[experiment][scale]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators within a with block, and restore their states after it.
+
+    A network constructed within, on the CPU, starts the same on every device.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_settings(scale: str, seeds: int, epochs: int, least: int = 1) -> None:
+    """Raise ValueError for settings with which a chapter cannot be run.
+
+    epochs: 0 for the recipes' own number, otherwise at least ``least``, which its claims need.
     """
     check_name("scale", scale, SCALES, "the chapters")
     if seeds < 1:
@@ -36,8 +63,8 @@ def finished(experiment: str, variant: str, seed: int, scale: str, *, recipe, pl
              ) -> Record:  # fmt: skip
     """Return the record of a run that has just ended.
 
-    experiment: with its paper, such as "binaryconnect.table2".
-    recipe: a dataclass with ``epochs``; another number than ``planned`` is a shortened run.
+    experiment: its name with the paper's, such as "binaryconnect.table2".
+    recipe: a dataclass; if its ``epochs`` differ from ``planned``, the record says so.
     settings: what the recipe leaves open; the precision is added.
     dataset: on the device that the run used.
     """

@@ -1,4 +1,4 @@
-"""Networks of the papers, one file a paper, one constructor function each; and their summary."""
+"""The papers' networks, one file per paper and one constructor per network; and a summary."""
 
 from bnnbook.models.alexnet import alexnet, alexnet_small, four_layer_cnn
 from bnnbook.models.binaryconnect import binaryconnect_cnn, binaryconnect_mlp

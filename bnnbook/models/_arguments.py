@@ -1,10 +1,10 @@
-"""What the constructors accept: a check for each sort of argument, and the error it raises."""
+"""Checks of the constructors' arguments, which raise ValueError."""
 
 from collections.abc import Collection
 
 
 def check_choice(argument: str, value, known: Collection) -> None:
-    """Raise ValueError if ``value`` is none of ``known``.
+    """Raise ValueError unless ``value`` is one of ``known``.
 
     >>> check_choice("pooling", 4, (2, 3))
     Traceback (most recent call last):
@@ -17,7 +17,7 @@ def check_choice(argument: str, value, known: Collection) -> None:
 
 
 def check_counts(**counts) -> None:
-    """Raise ValueError if an argument is neither a positive integer nor a sequence of such.
+    """Raise ValueError unless each argument is a positive integer or a sequence of them.
 
     >>> check_counts(classes=10, widths=(16, 32))
     >>> check_counts(experts=0)
@@ -32,7 +32,7 @@ def check_counts(**counts) -> None:
 
 
 def check_lengths(length: int, **sequences) -> None:
-    """Raise ValueError if an argument does not hold so many numbers.
+    """Raise ValueError unless each argument is a sequence of the given length.
 
     >>> check_lengths(3, convolutions=(6, 6))
     Traceback (most recent call last):
@@ -45,7 +45,7 @@ def check_lengths(length: int, **sequences) -> None:
 
 
 def check_quantizers(**quantizers) -> None:
-    """Raise ValueError if an argument is neither None nor a function.
+    """Raise ValueError unless each argument is a function or None.
 
     >>> check_quantizers(weight_quantizer=None, input_quantizer=abs)
     """

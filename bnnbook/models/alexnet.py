@@ -1,4 +1,4 @@
-"""AlexNet (Krizhevsky, Sutskever, Hinton, NIPS 2012), a small one, and a four-layer network."""
+"""AlexNet (Krizhevsky, Sutskever, Hinton, NIPS 2012), a small version, a four-layer network."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from bnnbook.models._arguments import check_choice, check_counts, check_lengths
 Layers = list[tuple[str, nn.Module]]
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
-# Layers whose biases start at 1 in the paper, so that their ReLUs pass something from the start.
+# Layers whose biases start at 1 in the paper, so that their ReLUs are active from the start.
 BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
 class TowerNorm(LocalResponseNorm):
-    """`LocalResponseNorm` within each of the towers, whose channels lie side by side.
+    """`LocalResponseNorm` within each tower; the towers' channels lie side by side.
 
-    Each GPU of the released code normalises its own maps: a map at the border between two towers
-    has neighbours on its own side only. Input (N, channels, H, W), output of the same shape.
+    Each GPU of the released code normalises its own maps, so a map at the border between two
+    towers has neighbours on its own side only. Input and output (N, channels, H, W).
     """
 
     def __init__(self, towers: int):
@@ -28,7 +28,7 @@ class TowerNorm(LocalResponseNorm):
         self.towers = towers
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised input, of its shape (N, channels, H, W)."""
+        """Return the normalised input, (N, channels, H, W)."""
         normalise = super().forward
         return torch.cat([normalise(tower) for tower in x.chunk(self.towers, 1)], 1)
 
@@ -40,29 +40,33 @@ def alexnet(num_classes: int = 1000, *, image_size: int = 224, in_channels: int 
             ) -> nn.Sequential:  # fmt: skip
     r"""Return AlexNet: five convolutions, three fully connected layers, 60 965 224 parameters.
 
-    Input (N, 3, 224, 224) or (N, 3, 227, 227), output (N, num_classes). The layers are called
-    conv1 to conv5 and fc6 to fc8, with relu, norm, pool and dropout numbered alike; the feature
+    Input (N, 3, 224, 224) or (N, 3, 227, 227), output (N, num_classes). The layers are named
+    conv1 to conv5 and fc6 to fc8, with relu, norm, pool and dropout numbered to match; the feature
     maps are 55, 27, 13, 13, 13 and 6 wide.
 
-    - image_size: 224 and 227 give the same network; for others see `alexnet_small`.
-    - widths, hidden: kernels of the five convolutions; units of fc6 and fc7.
+    - image_size: 224 and 227 give the same network; for other sizes see `alexnet_small`.
+    - widths: numbers of kernels of the five convolutions.
+    - hidden: units of fc6 and of fc7.
     - towers: with the paper's 2, one for each GPU, conv2, conv4 and conv5 see only the maps of
       their own half; conv3 and the fully connected layers see all. Normalisation stays within a
-      tower, as in the released code. 1 is the same without this separation: 62 378 344 parameters.
-    - lrn: normalise after relu1 and relu2. On inputs of order 1 that only divides by
+      tower, as in the released code. 1 is the network without this separation, with 62 378 344
+      parameters.
+    - lrn: normalise after relu1 and relu2. On inputs of order 1 this does little but divide by
       :math:`2^{0.75}`; it was made for pixels from 0 to 255.
-    - pooling: 3, overlapping windows with stride 2, or 2. The maps are equally large in both.
-    - without: 2, 3, 4 or 5 leaves that convolution out; its pooling stays.
-    - dropout: the share of the outputs of fc6 and of fc7 that is dropped.
+    - pooling: 3 for overlapping windows, 2 for adjacent ones, both with stride 2. The maps have
+      the same size in both.
+    - without: 2, 3, 4 or 5 leaves out that convolution; its pooling stays.
+    - dropout: the fraction of the outputs of fc6 and fc7 that is dropped.
     - weight_std, hidden_bias: weights start as N(0, weight_std²); biases of conv2, conv4, conv5,
-      fc6 and fc7 at ``hidden_bias``, the others at 0. A ``weight_std`` of None draws as He et al.
-      do, with a variance of 2 over the number of inputs; fc8 then keeps 0.01.
+      fc6 and fc7 at ``hidden_bias``, the others at 0. With a ``weight_std`` of None the start is
+      that of He et al., with a variance of 2 over the fan-in; fc8 then keeps 0.01.
 
     Windows of 11 pixels with stride 4 do not fit into 224. The released code lets the last one
-    hang over the right and lower border by 3 pixels; so does this network, by padding there, which
-    adds nothing to 227. Otherwise the paper is followed where that code departs from it: ReLU
-    before normalisation, one initialisation for all. Raises ValueError for other values of
-    ``image_size``, ``pooling`` and ``without``. (Section 3, figure 2; section 5 on the start.)
+    extend beyond the right and lower borders by 3 pixels; so does this network, by padding there,
+    which changes nothing for 227. Elsewhere this network follows the paper where that code departs
+    from it: ReLU before normalisation, one initialisation for all layers. Raises ValueError for
+    other values of ``image_size``, ``pooling`` and ``without``. (Section 3, figure 2; section 5 on
+    the initialisation.)
 
     >>> with torch.device("meta"):  # shapes without memory
     ...     net = alexnet()
@@ -96,8 +100,9 @@ def alexnet_small(num_classes: int = 10, *, image_size: int = 32,
     The paper has no such network: these sizes are ours. The first convolution is 5 x 5 with stride
     1 and padding 2, the widths are half the paper's, fc6 and fc7 have 512 units. Each pooling
     halves the map and rounds down: 32, 16, 8, 4 for CIFAR-10. Input (N, in_channels, image_size,
-    image_size) with ``image_size`` from 8 to 64. Weights are drawn as He et al. do and biases
-    start at 0: in a network this small N(0, 0.01²) makes signals of order 1 vanish.
+    image_size) with ``image_size`` from 8 to 64, output (N, num_classes). Weights are initialised
+    as by He et al. and biases at 0: in a network this small, N(0, 0.01²) makes signals of order 1
+    vanish.
     """
     return alexnet(num_classes, image_size=image_size, widths=widths, hidden=hidden,
                    weight_std=weight_std, hidden_bias=hidden_bias, **options)  # fmt: skip
@@ -119,7 +124,7 @@ def _after_convolution(number: int, towers: int, lrn: bool, pooling: int) -> Lay
     if lrn and number in (1, 2):
         layers.append((f"norm{number}", TowerNorm(towers)))
     if number in (1, 2, 5):
-        # windows of 3 may hang over, as in the released code; then both kinds halve the map
+        # windows of 3 may extend beyond the border, as in the released code: both halve the map
         layers.append((f"pool{number}", nn.MaxPool2d(pooling, 2, ceil_mode=pooling == 3)))
     return layers
 
@@ -134,7 +139,7 @@ def _classifier(features: int, hidden: int, num_classes: int, dropout: float) ->
 
 
 def _initialised(network: nn.Sequential, weight_std, hidden_bias: float) -> nn.Sequential:
-    """Draw the network's weights anew, set its biases, and return it."""
+    """Return the network after drawing its weights and setting its biases."""
     for name, layer in network.named_children():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             std = weight_std
@@ -151,19 +156,20 @@ def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu", lrn: bool
                    ) -> nn.Sequential:  # fmt: skip
     """Return a stand-in for the network of AlexNet's figure 1, in which ReLU outruns tanh.
 
-    The paper does not describe its four layers. These are the CIFAR-10 network "18 %" that comes
-    with the authors' cuda-convnet; that figure 1 shows this one is NOT established. Three
-    convolutions 5 x 5 with padding 2 and 32, 32 and 64 kernels; pooling of 3 x 3 with stride 2
-    after each (maximum, average, average); one fully connected layer. Input (N, in_channels,
-    image_size, image_size), at least 8 pixels wide; output (N, num_classes).
+    The paper does not describe its four layers. These are those of the CIFAR-10 network "18 %"
+    that comes with the authors' cuda-convnet; that figure 1 shows this network is NOT established.
+    Three 5 x 5 convolutions with padding 2 and 32, 32 and 64 kernels, each followed by 3 x 3
+    pooling with stride 2 (maximum, average, average); one fully connected layer. Input (N,
+    in_channels, image_size, image_size), at least 8 pixels wide; output (N, num_classes).
 
-    - activation: "relu" or "tanh"; it stands before the pooling. Raises ValueError for others.
+    - activation: "relu" or "tanh", applied before the pooling.
     - lrn: `LocalResponseNorm` after the first two poolings; their file normalises within a map.
-    - weight_std: a standard deviation for each layer, biases start at 0. The default is their
-      file's, for pixels from 0 to 255 minus the mean image. None keeps torch's initialisation.
+    - weight_std: a standard deviation for each layer; biases start at 0. The default is that of
+      their file, for pixels from 0 to 255 minus the mean image. None keeps torch's initialisation.
 
     Their weight decay (0.004 on the convolutions, 1 on the last layer) is left to the optimizer;
-    figure 1 is without any regularisation.
+    figure 1 uses no regularisation. Raises ValueError for other activations, and for images that
+    are too small.
     """
     check_counts(num_classes=num_classes, in_channels=in_channels)
     check_choice("activation", activation, ACTIVATIONS)
@@ -185,7 +191,7 @@ def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu", lrn: bool
 
 
 def _draw_each(network: nn.Sequential, weight_std: Sequence[float]) -> None:
-    """Draw each layer's weights with its own standard deviation; its biases become 0."""
+    """Draw each layer's weights with its own standard deviation, and set its biases to 0."""
     check_lengths(4, weight_std=weight_std)
     layers = [layer for layer in network if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for layer, std in zip(layers, weight_std, strict=True):

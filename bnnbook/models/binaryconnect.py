@@ -7,9 +7,9 @@ from torch import nn
 
 from bnnbook.binarize import ste_sign, stochastic_sign
 from bnnbook.layers import BinaryConv2d, BinaryLinear
-from bnnbook.models._arguments import check_counts
+from bnnbook.models._arguments import check_choice, check_counts
 
-# How a layer gets from its trained weight to the weight it multiplies with.
+# How a layer makes the weight it multiplies with from its trained weight.
 QUANTIZERS = {
     "real": None,
     "deterministic": partial(ste_sign, clip_value=None),
@@ -17,26 +17,21 @@ QUANTIZERS = {
 }
 
 
-def _quantizer(weights: str):
-    if weights not in QUANTIZERS:
-        raise ValueError(f"unknown weights {weights!r}; known: {', '.join(QUANTIZERS)}")
-    return QUANTIZERS[weights]
-
-
 def _linear(inputs: int, outputs: int, weights: str) -> nn.Module:
-    quantizer = _quantizer(weights)
-    if quantizer is not None:
-        return BinaryLinear(inputs, outputs, weight_quantizer=quantizer)
-    layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.xavier_uniform_(layer.weight)
-    return layer
+    return _layer(weights, BinaryLinear, nn.Linear, inputs, outputs)
 
 
 def _conv(inputs: int, outputs: int, weights: str) -> nn.Module:
-    quantizer = _quantizer(weights)
+    return _layer(weights, BinaryConv2d, nn.Conv2d, inputs, outputs, kernel_size=3, padding=1)
+
+
+def _layer(weights: str, binary: type, real: type, *sizes: int, **options) -> nn.Module:
+    """Return a binary layer, or for "real" weights a Glorot-initialised real one, without bias."""
+    check_choice("weights", weights, QUANTIZERS)
+    quantizer = QUANTIZERS[weights]
     if quantizer is not None:
-        return BinaryConv2d(inputs, outputs, 3, padding=1, weight_quantizer=quantizer)
-    layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return binary(*sizes, **options, weight_quantizer=quantizer)
+    layer = real(*sizes, **options, bias=False)
     nn.init.xavier_uniform_(layer.weight)
     return layer
 
@@ -44,12 +39,13 @@ def _conv(inputs: int, outputs: int, weights: str) -> nn.Module:
 def binaryconnect_mlp(in_features: int = 784, hidden: Sequence[int] = (1024, 1024, 1024),
                       classes: int = 10, *, weights: str = "deterministic",
                       dropout: float = 0.0) -> nn.Sequential:  # fmt: skip
-    """Return the MNIST network: 784 - 3 x 1024 ReLU - 10, every layer binary, the last included.
+    """Return the MNIST network: 784 - 3 x 1024 ReLU - 10, every layer binary, even the last.
 
-    Linear, batch norm, ReLU; the output has batch norm and no ReLU and goes to `SquaredHingeLoss`.
-    ``weights`` is "deterministic", "stochastic" or "real" (the same network without binarisation,
-    Glorot-initialised). ``dropout`` is the share of hidden units dropped. Input (N, ...) is
-    flattened, output (N, classes). Algorithm 1's bias is batch norm's. 2 910 208 weights.
+    Each hidden layer is linear, batch norm, ReLU; the output layer has batch norm but no ReLU, and
+    is trained with `SquaredHingeLoss`. ``weights`` is "deterministic", "stochastic" or "real" (the
+    same network without binarisation, Glorot-initialised); other values raise ValueError.
+    ``dropout`` is the fraction of hidden units dropped. Input (N, ...) is flattened, output (N,
+    classes). The bias of algorithm 1 is that of batch norm. 2 910 208 weights.
 
     >>> net = binaryconnect_mlp()
     >>> sum(layer.weight.numel() for layer in net if isinstance(layer, nn.Linear))
@@ -71,7 +67,8 @@ def binaryconnect_cnn(classes: int = 10, *, widths: Sequence[int] = (128, 256, 5
 
     C3 is a 3 x 3 convolution with padding 1, MP2 a 2 x 2 max-pooling; batch norm and ReLU follow
     the pooling. ``weights`` as in `binaryconnect_mlp`; ``widths=(64, 128, 256)`` is the SVHN net.
-    Input (N, in_channels, image_size, image_size), output (N, classes). 14 022 016 weights.
+    Input (N, in_channels, image_size, image_size), output (N, classes). 14 022 016 weights. Raises
+    ValueError for images too small to be pooled so often.
 
     >>> net = binaryconnect_cnn()
     >>> sum(m.weight.numel() for m in net if isinstance(m, (nn.Linear, nn.Conv2d)))

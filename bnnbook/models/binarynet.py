@@ -10,7 +10,7 @@ from bnnbook.binarize import ste_sign
 from bnnbook.layers import BinaryConv2d, BinaryLinear
 from bnnbook.models._arguments import check_choice, check_counts, check_quantizers
 
-# Pixels that the padding of the first convolution adds on each side.
+# Pixels by which the first convolution pads each side.
 PADDINGS = {"valid": 0, "same": 1}
 
 
@@ -20,21 +20,21 @@ def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
               input_quantizer=ste_sign) -> nn.Sequential:  # fmt: skip
     """Return the network of the Bop experiments: 10 352 000 binary weights.
 
-    Two convolutions 3 x 3 of each width, then fully connected layers; every weight is binary, and
-    so is the input of every layer but the first. 2 x 2 max-pooling after each second convolution,
-    then batch normalisation, which learns a shift and no gain (eps 0.001, momentum 0.01 in torch's
-    sense). Input (N, in_channels, image_size, image_size) with values in [-1, 1], output
+    Two 3 x 3 convolutions of each width, then fully connected layers; every weight is binary, and
+    so is the input of every layer but the first. 2 x 2 max-pooling follows every second
+    convolution. Batch normalisation learns a shift and no gain (eps 0.001, momentum 0.01 in
+    torch's sense). Input (N, in_channels, image_size, image_size) with values in [-1, 1], output
     (N, classes) for the cross entropy.
 
-    - padding: that of the first convolution. "valid", as in the released code, makes 30 x 30
-      pixels of 32 x 32; "same" gives BinaryConnect's 14 022 016 weights, as the paper has it.
-    - padding_value: what the others pad their binary inputs with; see `BinaryConv2d`.
-    - weight_quantizer: `ste_sign`, say, for latent weights; None for weights that are ±1
-      themselves, as `Bop` and `CascadedEMA` train them.
+    - padding: of the first convolution. "valid", as in the released code, turns 32 x 32 pixels
+      into 30 x 30; "same" gives BinaryConnect's 14 022 016 weights, as in the paper.
+    - padding_value: with which the other convolutions pad their inputs; see `BinaryConv2d`.
+    - weight_quantizer: a quantizer such as `ste_sign` for latent weights; None for weights that
+      are ±1 themselves, as `Bop` and `CascadedEMA` train them.
     - input_quantizer: binarises the inputs of all layers but the first.
 
     Raises ValueError for an unknown padding, for a quantizer that is no function, and for an image
-    that is used up before the last pooling. (arXiv 1906.02107, section 5, and its code.)
+    that is too small for all poolings. (arXiv 1906.02107, section 5, and its code.)
     """
     check_counts(classes=classes, widths=tuple(widths), hidden=tuple(hidden),
                  in_channels=in_channels)  # fmt: skip
@@ -44,8 +44,8 @@ def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
     size = (image_size + 2 * border - 2) // 2 ** len(widths)
     if size < 1:
         raise ValueError(f"image_size {image_size} is too small for {len(widths)} poolings")
-    latent, both = {"weight_quantizer": weight_quantizer}, {"input_quantizer": input_quantizer}
-    both |= latent
+    latent = {"weight_quantizer": weight_quantizer}
+    both = latent | {"input_quantizer": input_quantizer}
     channels = [width for width in widths for _ in range(2)]
     layers = [BinaryConv2d(in_channels, widths[0], 3, padding=border, **latent), _norm(widths[0])]
     for number, (inputs, width) in enumerate(pairwise(channels)):
@@ -59,7 +59,7 @@ def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
 
 
 def _norm(channels: int, kind: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
-    """Return batch normalisation with a learned shift and no gain, as Keras's scale=False."""
+    """Return batch normalisation with a learned shift and no gain, like Keras's scale=False."""
     norm = kind(channels, eps=1e-3, momentum=0.01)
     # a constant gain of 1: without any, CUDA's backward pass has no gradient for the shift
     del norm.weight

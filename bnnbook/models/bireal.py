@@ -37,7 +37,7 @@ class PadShortcut(nn.Module):
 
 
 def _pooled(inputs: int, outputs: int, stride: int, conv) -> nn.Sequential:
-    """Return average pooling, a 1 x 1 convolution that ``conv`` makes, and batch normalisation."""
+    """Return average pooling, a 1 x 1 convolution made by ``conv``, and batch normalisation."""
     pool = nn.AvgPool2d(stride, ceil_mode=True)
     return nn.Sequential(pool, conv(inputs, outputs, 1), nn.BatchNorm2d(outputs))
 
@@ -50,7 +50,8 @@ def _padded(inputs: int, outputs: int, stride: int, conv) -> nn.Module:
     return PadShortcut(outputs - inputs, stride)
 
 
-# Where a block changes the size; each takes inputs, outputs, stride, and the block's binary conv.
+# Shortcuts for blocks that change the size, by name; called with the numbers of channels before
+# and after, the stride and the block's binary convolution.
 SHORTCUTS = {"pool-conv": _pooled_real, "pool-binary": _pooled, "pad": _padded}
 
 
@@ -58,8 +59,8 @@ class BiRealBlock(nn.Module):
     r"""One binary convolution and its shortcut: :math:`y = BN(q_x(x) \circledast q_w(W)) + s(x)`.
 
     Input (N, in_channels, H, W), output (N, out_channels, H / stride, W / stride), rounded up.
-    ``conv`` makes the binary convolution, with its quantizers. The real input passes the sign by
-    along s, which is the identity unless the size changes; then it is ``shortcut``, one of
+    ``conv`` constructs the binary convolution with its quantizers. The real input bypasses the
+    sign along s, which is the identity unless the size changes; then it is ``shortcut``, one of
     `SHORTCUTS`. (After the authors' PyTorch code.)
     """
 
@@ -84,19 +85,19 @@ def birealnet20(classes: int = 10, *, in_channels: int = 3, widths: Sequence[int
                 padding_value: float = 0.0) -> nn.Sequential:  # fmt: skip
     """Return a Bi-Real ResNet-20 for small images: 267 264 binary weights.
 
-    A real 3 x 3 convolution and batch normalisation, three stages of `BiRealBlock`, the second and
-    third of which begin with stride 2, the mean over the map, a real output layer. Input
+    A real 3 x 3 convolution with batch normalisation; three stages of `BiRealBlock`, the second
+    and third of which begin with stride 2; global average pooling; a real output layer. Input
     (N, in_channels, H, W), output (N, classes). Quist et al. (2023) train a network of this name;
     NEITHER its widths nor its shortcuts could be checked. Three public implementations have 16, 32
     and 64 channels, and shortcuts of either kind.
 
-    - convolutions: binary ones in each stage.
+    - convolutions: the number of binary convolutions in each stage.
     - shortcut: where the size changes. "pool-conv": average pooling, real 1 x 1 convolution, batch
       normalisation, as in Bi-Real Net; "pool-binary": the same with a binary convolution; "pad":
-      every second pixel, new channels zero, no parameters.
+      every second pixel, with zeros as new channels, without parameters.
     - weight_quantizer: for latent weights; None for weights that are ±1 themselves, as `Bop` and
       `CascadedEMA` train them. The default is Bi-Real Net's; `ste_sign` leaves out its scale,
-      which batch normalisation removes again.
+      which batch normalisation removes anyway.
     - input_quantizer: binarises the input of each binary convolution.
     - padding_value: see `BinaryConv2d`.
 
@@ -127,7 +128,10 @@ def birealnet18(classes: int = 1000, *, in_channels: int = 3,
 
 def _birealnet(stem, classes, in_channels, widths, convolutions, shortcut, padding_value,
                weight_quantizer, input_quantizer) -> nn.Sequential:  # fmt: skip
-    """Return stem (what makes its convolution, and what follows), stages and output layer."""
+    """Return stem, stages and output layer.
+
+    stem: a constructor of its convolution, and the layers after its batch normalisation.
+    """
     check_counts(classes=classes, in_channels=in_channels, widths=tuple(widths),
                  convolutions=tuple(convolutions))  # fmt: skip
     check_lengths(len(widths), convolutions=convolutions)

@@ -19,19 +19,19 @@ from bnnbook.models._arguments import (
 
 
 class SigmoidGateConv2d(ExpertBinaryConv2d):
-    r"""The expert convolution with the gradient that the released training code gives its gate.
+    r"""The expert convolution with the gate gradient of the released training code.
 
-    Forward as in `ExpertBinaryConv2d`. Backward each score learns by itself, through the slope of
-    a logistic function instead of the softmax Jacobian:
+    Forward as in `ExpertBinaryConv2d`. Backward each score learns independently, through the slope
+    of a logistic function instead of the softmax Jacobian:
 
     .. math::
 
         \frac{\partial L}{\partial z_j} = \sigma(z_j)\,(1 - \sigma(z_j))\, g_j, \qquad
         g_j = \Big\langle \frac{\partial L}{\partial q_w(W_k)},\ q_w(W_j) \Big\rangle .
 
-    Equal experts then push all scores by the same :math:`g`, which is no reason to prefer one.
-    ``temperature`` has no effect. Of equal scores the first wins; the released code adds the
-    experts of all that are equal.
+    Equal experts then push all scores by the same :math:`g`, which favours none of them.
+    ``temperature`` has no effect. On a tie the first expert wins; the released code adds up all
+    experts that tie.
 
     Source: the default of the authors' training code; the paper's ablation (A.2.3) finds it worse.
     """
@@ -50,17 +50,17 @@ class ExpertUnit(nn.Module):
 
     .. math:: y = \mathrm{PReLU}(a \odot \mathrm{EBConv}(BN(x))) + s(x)
 
-    with a learned scale :math:`a` per output channel (equation 1). It starts at one over the root
-    of the number of products in a sum, which makes the outputs of order 1; the released code
-    starts at 1. Batch normalisation stands before the sign, so that its shift is a learned
-    threshold. :math:`s` is the identity, or, where the size changes, average pooling and two real
-    1 x 1 convolutions, each with batch normalisation and PReLU.
+    with a learned scale :math:`a` per output channel (equation 1). It starts at one over the
+    square root of the number of products in a sum, which makes the outputs of order 1; in the
+    released code it starts at 1. Batch normalisation comes before the sign, so its shift acts as a
+    learned threshold. :math:`s` is the identity or, where the size changes, average pooling and
+    two real 1 x 1 convolutions, each with batch normalisation and PReLU.
 
-    ``data_driven`` multiplies by the `DataDrivenScale` of the normalised input, too. With
-    ``experts`` of 1 the convolution is a plain `BinaryConv2d`; otherwise ``gate`` names how the
-    gate learns: "softmax" or "sigmoid", see `SigmoidGateConv2d`. Other options (groups,
-    padding_value) are the convolution's. Input (N, in_channels, H, W), output (N, out_channels,
-    H / stride, W / stride), rounded up. (Equation 1; the order is the released code's.)
+    ``data_driven`` also multiplies by the `DataDrivenScale` of the normalised input. With one
+    expert the convolution is a plain `BinaryConv2d`; otherwise ``gate`` selects how the gate
+    learns: "softmax" or "sigmoid", see `SigmoidGateConv2d`. Other options (groups, padding_value)
+    go to the convolution. Input (N, in_channels, H, W), output (N, out_channels, H / stride,
+    W / stride), rounded up. (The order is that of the released code.)
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *,
@@ -111,7 +111,8 @@ class LightStem(nn.Module):
     """The released model's stem for ImageNet, from daBNN: a quarter of the size, little work.
 
     A 3 x 3 convolution with stride 2 to half the width; then, side by side, max-pooling and a
-    1 x 1 with a 3 x 3 convolution, both halving the map; a 1 x 1 convolution over both.
+    1 x 1 followed by a 3 x 3 convolution, both of which halve the map; last a 1 x 1 convolution
+    over the two.
     Input (N, in_channels, H, W), output (N, width, H / 4, W / 4).
     """
 
@@ -144,22 +145,22 @@ def expertnet(classes: int = 10, *, blocks: Sequence[int] = (1, 1, 1, 1), expans
               data_driven: bool = False, gate: str = "softmax", temperature: float = 1.0,
               weight_quantizer=ste_sign, input_quantizer=ste_sign,
               padding_value: float = 0.0) -> nn.Sequential:  # fmt: skip
-    """Return an expert binary network, N0N1N2N3-E-G0:G1:G2:G3 in the paper's names.
+    """Return an expert binary network, N0N1N2N3-E-G0:G1:G2:G3 in the paper's notation.
 
-    A real stem, one stage for each number of ``blocks``, the mean over the map, a real output
-    layer. A block is three `ExpertUnit`: 3 x 3 and 3 x 3 in groups, and 1 x 1 without groups,
-    which mixes them. Each stage has twice the channels of the one before; the first has ``width``
-    times ``expansion``, and all others begin with stride 2. Input (N, in_channels, H, W), output
+    A real stem, one stage for each number of ``blocks``, global average pooling, a real output
+    layer. A block is three `ExpertUnit`: two 3 x 3 in groups, and a 1 x 1 without groups, which
+    mixes them. Each stage has twice the channels of the one before; the first has ``width`` times
+    ``expansion``, and all others begin with stride 2. Input (N, in_channels, H, W), output
     (N, classes).
 
     - blocks, expansion, groups: N, E and G of the name; see `parse_architecture`. Twice the width
-      with four times the groups costs as many binary operations.
-    - experts: of each convolution; one fires per sample. 1 leaves the gates out.
+      with four times the groups costs the same number of binary operations.
+    - experts: of each convolution; one fires per sample. With 1 there are no gates.
     - width: channels of the stem.
     - stem: "3x3", a convolution for small images, is ours; "light", `LightStem`, is for ImageNet.
-    - pointwise: False leaves the 1 x 1 units out.
-    - data_driven: multiply by a `DataDrivenScale`, as the final model does.
-    - gate: how the gates learn, "softmax" as in the paper or "sigmoid", `SigmoidGateConv2d`.
+    - pointwise: False leaves out the 1 x 1 units.
+    - data_driven: multiply by a `DataDrivenScale`, as the paper's final model does.
+    - gate: how the gates learn, "softmax" as in the paper or "sigmoid" (`SigmoidGateConv2d`).
     - temperature: of the softmax through which the gates learn; see `ExpertBinaryConv2d`.
     - weight_quantizer: `ste_sign`; `real_weight` is for stage I, binary activations with real
       weights; None is for weights that are ±1 themselves.
@@ -228,13 +229,13 @@ def _check_architecture(blocks, expansion, groups) -> None:
 
 
 def load_one_expert(model: nn.Module, one: nn.Module) -> None:
-    """Let every expert of the model start as the only one of the same network trained alone.
+    """Copy a trained one-expert network into every expert of the model.
 
-    ``model`` and ``one`` are `expertnet` networks that differ in ``experts`` alone; ``one`` has 1.
-    All else is copied as well; the gates, which ``one`` does not have, keep their start. Right
-    after, all experts agree, so both networks compute the same. Raises ValueError for networks
-    that differ in more, RuntimeError for latent weights where ``model`` has ±1. (Section 4.1,
-    second step.)
+    ``model`` and ``one`` are `expertnet` networks that differ only in ``experts``; ``one`` has 1.
+    Everything else is copied as well; the gates, which ``one`` does not have, keep their initial
+    values. Right after that all experts are equal, so both networks compute the same. Raises
+    ValueError for networks that differ in more, RuntimeError for latent weights where ``model``
+    has ±1. (Section 4.1, second step.)
     """
     gates = ".conv.gate."
     state = {name: value for name, value in model.state_dict().items() if gates not in name}
@@ -244,6 +245,6 @@ def load_one_expert(model: nn.Module, one: nn.Module) -> None:
     ]
     if differ:
         raise ValueError(f"the networks differ in more than their experts: {', '.join(differ)}")
-    # an expert's weight has one more dimension: all get the same
+    # the experts' weight has one more dimension, along which it is repeated
     copied = {name: alone[name].expand_as(value) for name, value in state.items()}
     model.load_state_dict({**model.state_dict(), **copied})

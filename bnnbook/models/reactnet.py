@@ -11,24 +11,20 @@ from torch import Tensor, nn
 from bnnbook.binarize import approx_sign, magnitude_aware_sign
 from bnnbook.layers import BinaryConv2d, LearnableShift, RPReLU
 from bnnbook.models._arguments import check_counts, check_quantizers
+from bnnbook.models.bireal import BINARY_CONV
 
 CHANNELS_A = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
-
-
-BINARY_CONV = partial(
-    BinaryConv2d, weight_quantizer=magnitude_aware_sign, input_quantizer=approx_sign
-)
 
 
 class ReActBlock(nn.Module):
     r"""A binary 3 x 3 and a binary 1 x 1 convolution, each shifted before and after.
 
     Each half is :math:`y = \mathrm{RPReLU}(BN(\operatorname{sign}(x + b) \circledast q_w(W)) + x)`
-    with one learned shift b per channel. Average pooling takes the shortcut around a 3 x 3
-    convolution with ``stride`` 2. To double the channels, two 1 x 1 convolutions with a shortcut
-    each stand side by side, so that every shortcut is an identity. Input (N, in_channels, H, W),
-    output (N, out_channels, H / stride, W / stride), rounded up. ``conv`` makes the binary
-    convolution, with its quantizers. Raises ValueError unless out_channels is in_channels or
+    with one learned shift b per channel. The shortcut around a 3 x 3 convolution with ``stride`` 2
+    is average pooling. To double the channels, two 1 x 1 convolutions, each with its own shortcut,
+    stand side by side, so that every shortcut is an identity. Input (N, in_channels, H, W), output
+    (N, out_channels, H / stride, W / stride), rounded up. ``conv`` constructs the binary
+    convolutions with their quantizers. Raises ValueError unless out_channels is in_channels or
     twice as many. (After ReActNet's released code.)
     """
 
@@ -63,12 +59,12 @@ def reactnet_small(classes: int = 10, *, in_channels: int = 3,
                    padding_value: float = 0.0) -> nn.Sequential:  # fmt: skip
     """Return a small network of `ReActBlock` for CIFAR-10; the paper has none, this is ours.
 
-    A real 3 x 3 convolution and batch normalisation, the blocks, the mean over the map, a real
-    output layer. ``channels`` lists the stem's and then each block's; a block that doubles them
-    has stride 2, except for the first. 1 055 744 binary weights. Input (N, in_channels, H, W),
-    output (N, classes). ``stride`` is the stem's. The quantizers and ``padding_value`` as in
-    `birealnet20`. Raises ValueError for a quantizer that is no function and for channels that
-    neither stay nor double.
+    A real 3 x 3 convolution with batch normalisation, the blocks, global average pooling, a real
+    output layer. ``channels`` lists those of the stem, then those of each block; a block that
+    doubles them has stride 2, except for the first. ``stride`` is that of the stem; the quantizers
+    and ``padding_value`` are as in `birealnet20`. 1 055 744 binary weights. Input (N, in_channels,
+    H, W), output (N, classes). Raises ValueError for a quantizer that is no function and for
+    channels that neither stay the same nor double.
     """
     check_counts(classes=classes, in_channels=in_channels, channels=tuple(channels), stride=stride)
     check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)

@@ -1,4 +1,4 @@
-"""What a network consists of: shapes, parameters, bits, and operations for one input."""
+"""A network layer by layer: shapes, parameters, bits of storage, operations for one input."""
 
 import math
 
@@ -16,26 +16,27 @@ COUNTS = ("parameters", "bits", "macs", "bops")
 def summary(model: nn.Module, input_shape):
     """Return a pandas DataFrame with a row for each layer, and the row "total" at the end.
 
-    input_shape: of one input without the batch dimension, such as (3, 32, 32).
+    input_shape: shape of one input without the batch dimension, such as (3, 32, 32).
 
     The index is the layer's name in the model; the columns are
 
     - kind: its class;
     - output: the shape of its output for one input, None if it was not used;
-    - parameters: how many it has itself (batch normalisation's statistics are none); one that two
-      layers share counts for the first;
-    - bits: to store them, 1 for a binary weight, 32 for a real parameter;
+    - parameters: the number of its own (the statistics of batch normalisation do not count); one
+      that two layers share counts for the first;
+    - bits: of storage for the parameters, 1 for a binary weight, 32 for a real parameter;
     - macs: multiply-accumulates with a real weight or a real input. BinaryConnect's layers count
       here: their binary weights turn multiplications into additions, but of real numbers;
-    - bops: multiply-accumulates of a binary weight and a binary input, which XNOR and popcount do.
+    - bops: multiply-accumulates of a binary weight and a binary input, done by XNOR and popcount.
 
-    Only convolutions and linear layers count operations, padding included; of several experts one
-    fires, but all are stored. A latent weight has the bits of what its quantizer returns: 1 for
-    two values, 32 for more than 256. Only with 1 bit on both sides there are bops.
+    Only convolutions and linear layers count operations, those on padding included; of several
+    experts one fires, but all are stored. A latent weight takes the bits of what its quantizer
+    returns: 1 for two values, 32 for more than 256. Operations are bops only with 1 bit on both
+    sides.
 
-    The model runs once on shapes alone (torch's meta device) and in evaluation mode, so neither
-    its weights, statistics and mode nor any random numbers change; forward hooks of its modules
-    are called once. Raises ValueError for a shape that the model does not take.
+    The model runs once on shapes alone (torch's meta device) and in evaluation mode, so its
+    weights, statistics and mode stay as they are and no random numbers are drawn; forward hooks of
+    its modules are called once. Raises ValueError for a shape that the model does not accept.
 
     >>> table = summary(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (4,))
     >>> table.loc["total", ["parameters", "bits", "macs", "bops"]].tolist()
@@ -64,7 +65,7 @@ def _checked(input_shape) -> tuple[int, ...]:
 
 
 def _output_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, list]:
-    """Return the shapes of what each module put out, one for each time it was used."""
+    """Return the output shapes of each module, one for each time it was used."""
     shapes: dict[nn.Module, list] = {}
 
     def note(module, _, output):
@@ -91,7 +92,7 @@ def _output_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Mo
 
 
 def _is_layer(module: nn.Module, outputs: dict) -> bool:
-    """Return whether a module is a row: it has parameters itself, or was used and has no parts."""
+    """Return whether a module gets a row: it has own parameters, or was used and has no parts."""
     if any(True for _ in module.parameters(recurse=False)):
         return True
     parts = any(True for _ in module.children())
@@ -99,9 +100,9 @@ def _is_layer(module: nn.Module, outputs: dict) -> bool:
 
 
 def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict:
-    """Return the row of a module that put out tensors of these shapes.
+    """Return the row of a module whose outputs had these shapes.
 
-    ``counted``: the parameters of other rows, which this one may share and does not count again.
+    ``counted``: ids of the parameters of earlier rows, which are not counted again.
     """
     own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
     counted.update(map(id, own))
@@ -124,7 +125,7 @@ def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict
 
 
 def _products(module: nn.Module) -> int:
-    """Return how many products are summed for one number of a layer's output."""
+    """Return how many products are summed for one element of a layer's output."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -137,7 +138,7 @@ def _bits(quantizer, unquantized: int) -> int:
     if quantizer is None:
         return unquantized
     if getattr(quantizer, "func", quantizer) is stochastic_sign:
-        return 1  # known, and its generator is not ours to draw from
+        return 1  # known, without drawing from its generator
     with no_grad(), random.fork_rng(devices=[]):
         quantized = quantizer(linspace(-2, 2, 4096).expand(2, -1))  # (out, in), as weights are
     levels = len(quantized[0].unique())
