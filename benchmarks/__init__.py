@@ -1,1 +1,1 @@
-"""Timing against plain PyTorch, in one process, as ratios: `python -m benchmarks --help`."""
+"""Timings as ratios to plain PyTorch in the same process: `python -m benchmarks --help`."""

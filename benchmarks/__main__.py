@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...] [--device cpu] [--repeats 20]`: tables, and a JSON a device."""
+"""Print tables of timings, and keep them in one JSON file per device."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers", "pa
 
 
 def measured(name: str, device: torch.device, repeats: int) -> list[dict]:
-    """Run one benchmark module and print its table."""
+    """Run one benchmark module, print its table and return it."""
     table = importlib.import_module(f"benchmarks.{name}").run(device, repeats)
     print(
         f"\n{name}\n{pandas.DataFrame(table).to_string(index=False, float_format='{:.4g}'.format)}"
@@ -26,12 +26,12 @@ def measured(name: str, device: torch.device, repeats: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what is named, or all, and write it beside what the file already holds."""
+    """Run the named benchmarks, or all, and write their tables beside the others in the file."""
     known = ", ".join(NAMES)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {known}; default: all")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--repeats", type=int, default=20, help="timings of each function")
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON")
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(NAMES)

@@ -1,7 +1,8 @@
-"""Why the optimizers' buffers are float32: what bfloat16 ones do, rounded either way.
+"""Why the optimizers' buffers are float32: what bfloat16 ones do, with either kind of rounding.
 
-Each weight's gradient is noise plus a small mean (signal to noise .01), and once without noise. Of
-the second half of the run: flips a step, and how often a sign differs from the float32 run's.
+Each weight's gradient is a small mean plus noise (signal-to-noise ratio 0.01), and in one case the
+mean alone. The table has, for the second half of the run, the share of weights that flip per step
+and the share of signs that differ from those of the float32 run.
 """
 
 import torch
@@ -14,7 +15,7 @@ GAMMA = 0.1
 
 
 def stochastically(x: torch.Tensor) -> torch.Tensor:
-    """Round float32 to bfloat16 values, up or down at random in proportion to the distance."""
+    """Round float32 to bfloat16 values, up or down with a probability that keeps the mean."""
     bits = x.view(torch.int32)
     bits = bits + torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=x.device)
     return (bits & ~0xFFFF).view(torch.float32)
@@ -48,7 +49,7 @@ def simulate(alpha: float, gradients, steps: int, n: int) -> dict[str, dict]:
 
 
 def run(device, repeats: int, steps: int = 4000, n: int = 10_000) -> list[dict]:
-    """Compare the buffers for three alphas, and after a gradient without noise turns round."""
+    """Compare the buffers for two alphas under noise, and where a mean without noise reverses."""
     torch.manual_seed(0)
     mean, table = 0.01 * torch.randn(n), []
     cases = {f"noise, alpha = {a:g}": (a, lambda _: mean + torch.randn(n)) for a in (1e-2, 1e-3)}
@@ -61,7 +62,7 @@ def run(device, repeats: int, steps: int = 4000, n: int = 10_000) -> list[dict]:
 
 
 def cost(device: torch.device, repeats: int) -> dict:
-    """Time the random rounding of two buffers of ten million weights against a fused step."""
+    """Time the stochastic rounding of two buffers of ten million weights against a fused step."""
     weight = torch.nn.Parameter(torch.ones(10_000_000, device=device))
     weight.grad = torch.randn_like(weight)
     optimizer = CascadedEMA([weight], 1e-3, GAMMA, fused=True)

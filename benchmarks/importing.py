@@ -15,7 +15,7 @@ STATEMENTS = {
 
 
 def run(device, repeats: int) -> list[dict]:
-    """Time the imports after torch; "ratio" is in seconds here."""
+    """Time the imports after torch; here, "ratio" is a time in seconds."""
     table = []
     for name, statement in STATEMENTS.items():
         command = [sys.executable, "-c", CODE.format(statement)]

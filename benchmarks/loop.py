@@ -1,4 +1,4 @@
-"""Images a second of `training.train` against a plain PyTorch loop, and the memory they take.
+"""Images per second of `training.train` against a plain PyTorch loop, and the memory of both.
 
 Data shaped like CIFAR-10, the same real network, augmentation (random crop with padding 4, flip),
 batch size and optimizer for both. The plain loop is what a tutorial would write: a DataLoader with
@@ -56,7 +56,7 @@ def random_images(n: int) -> data.Dataset:
 
 
 def plain_seconds(dataset, device) -> float:
-    """Time one epoch of the plain loop, workers already started by a first one."""
+    """Time the second epoch of the plain loop, whose workers the first one has started."""
     model = network(device)
     optimizer = torch.optim.Adam(model.parameters())
     images = Images(dataset.train_images, dataset.train_labels)
@@ -90,7 +90,7 @@ LOOPS = {"ours": our_seconds, "plain": plain_seconds}
 
 
 def peak_bytes(name: str, device: torch.device, dataset) -> int:
-    """Return the most memory the epoch of one loop holds: on the GPU, or of a process's own."""
+    """Return the peak memory of a loop: on the GPU, or on a CPU that of a process of its own."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,8 +104,8 @@ def peak_bytes(name: str, device: torch.device, dataset) -> int:
 def print_peak(name: str, images: int) -> None:
     """Print the peak resident memory of this process after two epochs, in KiB (Linux).
 
-    Not getrusage: its peak includes that of the process which started this one. The plain loop's
-    two workers are not counted.
+    getrusage will not do: its peak includes that of the process which started this one. The plain
+    loop's two workers are not counted.
     """
     LOOPS[name](random_images(images), torch.device("cpu"))
     status = Path("/proc/self/status").read_text(encoding="ascii")

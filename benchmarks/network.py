@@ -1,4 +1,4 @@
-"""A training step of Bi-Real Net 20 at batch 256, against the same without binarisation."""
+"""A training step of Bi-Real Net 20 at batch 256, against one without binarisation."""
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ def latent_step(device: torch.device, weights, inputs, compiled: bool = False):
 
 
 def run(device: torch.device, repeats: int) -> list[dict]:
-    """Time the steps; the goal is for the compiled ones, whose sign costs no pass of its own."""
+    """Time the steps; the goal is for the compiled ones, where the sign needs no separate pass."""
     functions = {}
     for compiled in (False, True):
         how = ", compiled" * compiled

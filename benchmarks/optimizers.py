@@ -1,7 +1,7 @@
 """The optimizers' steps on the 11 million binary weights of a Bi-Real Net 18 against torch's SGD.
 
-`torch.optim.SGD(momentum, weight_decay, fused=True)` is the fastest step torch has; the literal
-loop is what the papers' released optimizers do: new tensors, one concatenation, a boolean mask.
+`torch.optim.SGD(momentum, weight_decay, fused=True)` is the fastest step torch has. The literal
+loop does what the papers' released optimizers do: new tensors, one concatenation, a boolean mask.
 """
 
 import torch
@@ -34,7 +34,7 @@ def parameters(device: torch.device) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def literal_step(weights, momentum, filtered) -> None:
-    """Do the cascade's step as one would first write it."""
+    """Take the cascade's step as one would first write it."""
     for i, weight in enumerate(weights):
         momentum[i] = (1 - GAMMA) * momentum[i] + GAMMA * weight.grad
         filtered[i] = (1 - ALPHA) * filtered[i] + ALPHA * momentum[i]
@@ -46,13 +46,13 @@ def literal_step(weights, momentum, filtered) -> None:
 
 
 def literal(weights):
-    """Return the literal step with buffers of its own."""
+    """Return the literal step, with its own buffers."""
     buffers = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
     return lambda: literal_step(weights, *buffers)
 
 
 def run(device: torch.device, repeats: int) -> list[dict]:
-    """Time the steps; every optimizer has weights of its own."""
+    """Time the steps; every optimizer has its own weights."""
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
     functions = {
         "sgd": torch.optim.SGD(parameters(device), **sgd, fused=True).step,

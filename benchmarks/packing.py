@@ -1,6 +1,6 @@
-"""Whether runs that share a device get done sooner: `bnnbook record --jobs 1`, 2 and 4.
+"""Whether runs that share a device finish sooner: `bnnbook record` with `--jobs` 1, 2 and 4.
 
-What replicas batched in one process do instead, `benchmarks/replicas.py` says.
+`benchmarks/replicas.py` measures the alternative, runs batched into the steps of one process.
 """
 
 import tempfile
@@ -10,13 +10,13 @@ from pathlib import Path
 from benchmarks.timing import row
 from bnnbook.recording import Job, work_through
 
-RUNS, EPOCHS = 4, 40  # of the digits recipe: small networks in small steps, which launches bound
+RUNS, EPOCHS = 4, 40  # of the digits recipe: steps so small that launches bound them
 
 
 def run(device, repeats: int) -> list[dict]:
-    """Time four runs, 1, 2 and 4 at once; "ratio" is to one after the other.
+    """Time four runs, 1, 2 and 4 at once; "ratio" compares with one after the other.
 
-    The start of each process (some seconds) counts, and so does loading the data.
+    The times include the start of each process (some seconds) and loading the data.
     """
     alone, table = seconds(1, device), []
     for at_once in (2, 4):

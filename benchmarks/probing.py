@@ -9,7 +9,7 @@ from bnnbook.optim import CascadedEMA, split_parameters
 
 
 def probed_step(device: torch.device, probe=None):
-    """Return a training step, with the probe at work if there is one."""
+    """Return a training step, followed by that of the probe if there is one."""
     model = network(device)
     binary, real = split_parameters(model)
     step = step_of(model, [CascadedEMA(binary, 1e-3, 0.1), sgd(real)], device)
@@ -31,7 +31,7 @@ def run(device: torch.device, repeats: int) -> list[dict]:
         "FlipRatio, per layer and step": (probes.FlipRatio(per_layer=True, per_step=True), 1),
         "C2I": (probes.C2I(), 1),
         "GradientSample": (probes.GradientSample(), 1),
-        # timed in every step, counted for the share of steps in which it looks
+        # timed at every step, but counted for one in 16, which is how often it looks
         "ActivationSaturation": (probes.ActivationSaturation(every=1), 16),
     }
     functions = {"none": probed_step(device)}

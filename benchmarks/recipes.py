@@ -1,8 +1,8 @@
-"""An epoch of three full-scale recipes, on images of CIFAR-10's shape: how fast, and of what.
+"""How fast an epoch of three full-scale recipes is, on random images of CIFAR-10's shape.
 
-Each goes through its experiment's own code. On a GPU with its step as a CUDA graph against step by
-step, and its multiplications as a share of the rate of a plain matrix product; the goals are for
-an H200. On a CPU a short epoch of the one recipe that it can bear.
+Each runs through its experiment's own code. On a GPU, steps replayed as a CUDA graph are compared
+with ordinary ones, and the rate of multiplications with that of a plain matrix product; the goals
+are for an H200. On a CPU there is a short epoch of the one recipe that is not too slow for it.
 """
 
 import os
@@ -21,12 +21,12 @@ from bnnbook.models import summary
 from bnnbook.training import autocast_dtype
 
 IMAGES = {"cpu": 1024, "cuda": 50_000}
-SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that set the rate
+SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product sets the rate
 
 
 @dataclass
 class Case:
-    """A recipe's training, and what an epoch should take at most in seconds on an H200."""
+    """A recipe's training; ``goal`` is the most seconds that an epoch should take on an H200."""
 
     fit: Callable
     recipe: quist2023.Recipe | helwegen2019.Recipe | binaryconnect.Recipe
@@ -54,25 +54,25 @@ def write_images(folder: Path, n: int) -> None:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Return the multiplications a second of a product of square matrices, in training's type."""
+    """Return the multiplications per second of a matrix product, in the dtype of training."""
     n, dtype = SIZE[device.type], autocast_dtype(device) or torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return n**3 / best({"product": lambda: a @ b}, device, 10)["product"]
 
 
 def timed(case: Case, device: torch.device, graph: bool) -> tuple[float, int]:
-    """Return the seconds of a second epoch, its test included, and its multiplications."""
+    """Return the seconds of the second epoch, with its test, and its multiplications."""
     with patch.dict(os.environ, BNNBOOK_GRAPHS=str(int(graph))):
         fitted = case.fit(replace(case.recipe, dataset="random", epochs=2), *case.options,
                           device=device)  # fmt: skip
     macs = summary(fitted.model.cpu(), (3, 32, 32)).loc["total", ["macs", "bops"]].sum()
-    # forward once, backward twice, but for the images of the test
+    # a training image counts three times: once forward, twice backward
     passes = 3 * len(fitted.dataset.train_images) + len(fitted.dataset.test_images)
     return fitted.history.rows[-1]["seconds"], int(macs) * passes
 
 
 def row(name: str, case: Case, device: torch.device, rate: float) -> dict:
-    """Return a recipe's line of the table; "ratio" is of the graph's time to step by step."""
+    """Return a recipe's line of the table; "ratio" is the time with a graph over that without."""
     seconds, products = timed(case, device, graph=True)
     found = {"what": f"{name}, an epoch", "seconds": seconds,
              "images_per_second": IMAGES[device.type] / seconds,
@@ -85,7 +85,7 @@ def row(name: str, case: Case, device: torch.device, rate: float) -> dict:
 
 
 def run(device: torch.device, repeats: int) -> list[dict]:
-    """Time the recipes one after the other; ``repeats`` is not used, an epoch is long."""
+    """Time the recipes one after the other; ``repeats`` is ignored, because an epoch is long."""
     rate = matrix_rate(device)
     names = list(CASES) if device.type == "cuda" else list(CASES)[:1]
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, BNNBOOK_DATA=folder):

@@ -1,10 +1,11 @@
-"""What K runs cost as replicas in one batched step, as a multiple of K runs in turn.
+"""What K runs cost as replicas in one batched step, as a multiple of K runs one by one.
 
 A replica is a run of its own: another seed, its own mini-batches and batch-norm statistics. The
 parameters of all are stacked, `torch.func` maps the gradient of one over the stack, and the
-optimizers, whose rules are elementwise, step once for all. "ratio" is the time of K steps, one of
-each run, over that of K steps of one run alone; `benchmarks/packing.py` times processes.
-Everything is in float32: under autocast, torch 2.11 maps no batch normalisation of bfloat16 (CPU).
+optimizers, whose rules are elementwise, step once for all. "ratio" is the time of one batched step
+of K runs over that of K steps of one run alone; `benchmarks/packing.py` times processes.
+Everything is in float32: under autocast on a CPU, torch 2.11 cannot map batch normalisation of
+bfloat16.
 """
 
 import statistics
@@ -26,8 +27,8 @@ from bnnbook.optim import CascadedEMA, LatentSGD, split_parameters
 from bnnbook.training import to_channels_last
 
 REPLICAS = (1, 2, 4, 8)
-STEPS = 24  # after so many the weights of a replica are compared with those of its run alone
-ENOUGH = 5.0  # seconds, after which three repeats will do
+STEPS = 24  # after which a replica's weights are compared with those of its run alone
+ENOUGH = 5.0  # seconds after which three repeats will do
 
 Batch = tuple[Tensor, Tensor]  # inputs and labels; of replicas, stacked
 Step = Callable[[Tensor, Tensor], None]
@@ -35,7 +36,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of run; ``optimizers`` makes what steps its binary and its real parameters."""
+    """A kind of run; ``optimizers`` makes optimizers of its binary and its real parameters."""
 
     network: Callable[[], nn.Module]
     optimizers: Callable[[list[Tensor], list[Tensor]], list[torch.optim.Optimizer]]
@@ -77,7 +78,7 @@ KINDS = {
 
 
 def alone(kind: Kind, model: nn.Module) -> Step:
-    """Return the step of one run, laid out as `training.train` does."""
+    """Return the step of one run, in the memory layout that `training.train` uses."""
     to_channels_last(model)
     optimizers = kind.optimizers(*split_parameters(model))
 
@@ -108,7 +109,7 @@ def batched(kind: Kind, models: list[nn.Module]) -> tuple[Step, dict[str, Tensor
     gradients = vmap(grad(loss), randomness="different")
 
     def step(inputs: Tensor, labels: Tensor) -> None:
-        with torch.no_grad():  # of the stack; the gradient of one is taken inside
+        with torch.no_grad():  # on the stack; `grad` differentiates each replica inside
             found = gradients(parameters, buffers, inputs, labels)
         for key, parameter in parameters.items():
             parameter.grad = found[key]
@@ -118,7 +119,7 @@ def batched(kind: Kind, models: list[nn.Module]) -> tuple[Step, dict[str, Tensor
 
 
 def update(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Let each optimizer step once, and forget the gradients."""
+    """Let each optimizer step once, then drop the gradients."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -142,7 +143,7 @@ def run(device: torch.device, repeats: int, kinds: dict[str, Kind] = KINDS) -> l
 
 
 def compared(ours: Callable[[], float], alone: Callable[[], float], images: int, repeats: int):
-    """Return the median ratio of the seconds that two functions return, which take turns."""
+    """Return the median ratio of the seconds that two functions, called in turns, return."""
     ours(), alone()
     times, began = [], time.perf_counter()
     while len(times) < repeats and (len(times) < 3 or time.perf_counter() < began + ENOUGH):
@@ -162,7 +163,7 @@ def replicas(kind: Kind, count: int, device: torch.device, repeats: int) -> dict
 
 
 def again(step: Callable[[], None], times: int) -> None:
-    """Do a step so many times."""
+    """Take ``step`` so many ``times``."""
     for _ in range(times):
         step()
 

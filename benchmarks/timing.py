@@ -1,4 +1,4 @@
-"""How things are timed: alternately, in one process, and the best of many repeats counts."""
+"""How things are timed: in turns, in one process, taking the best of many repeats."""
 
 import time
 from collections.abc import Callable
@@ -20,8 +20,8 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def best(functions: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
     """Return each function's shortest time in seconds.
 
-    They take turns, so that a machine that is busy for a while slows all of them; one call of each
-    goes before and is not counted.
+    The functions take turns, so that a machine that is busy for a while slows all of them; a first
+    call of each is not counted.
     """
     for function in functions.values():
         function()
@@ -33,7 +33,10 @@ def best(functions: dict[str, Callable], device: torch.device, repeats: int) -> 
 
 
 def row(what: str, ours: float, plain: float, limit: str, holds: bool, unit: str = "time") -> dict:
-    """Return one line of the table: our seconds as a multiple of the plain ones, and the goal."""
+    """Return one line of the table: the ratio of our time to the plain one, and the goal.
+
+    With another ``unit`` than "time" the ratio is that of the speeds.
+    """
     ratio = ours / plain if unit == "time" else plain / ours
     return {"what": what, "ratio": ratio, "goal": limit, "met": holds,
             "seconds": ours, "plain_seconds": plain}  # fmt: skip

@@ -1,4 +1,4 @@
-"""How binary neural networks train: the library under the book.
+"""How binary neural networks train: the library behind the book.
 
 Import the module you need, for instance ``from bnnbook import binarize, layers, training``.
 Nothing is imported here, so that ``import bnnbook`` costs nothing.

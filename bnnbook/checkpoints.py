@@ -1,4 +1,4 @@
-"""A training run in a file: written whole, read without running code, refused by another run."""
+"""A training run in a file: written atomically, read without running code, tied to its run."""
 
 import inspect
 import io
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
-# What torch.load raises for a file that is cut short or none of its own.
+# What torch.load raises for a file that is cut short or was not written by torch.
 DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
           ValueError)  # fmt: skip
 
@@ -28,7 +28,7 @@ class CheckpointError(RuntimeError):
 
 
 def write(state: dict, path: Path) -> None:
-    """Write a checkpoint atomically: the old one stays until the new one is complete."""
+    """Write ``state`` as a checkpoint; the old file stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -39,17 +39,17 @@ def write(state: dict, path: Path) -> None:
 
 
 def read(path: Path) -> dict:
-    """Return what a checkpoint holds.
+    """Return the contents of a checkpoint.
 
-    Raises CheckpointError for a damaged file, which is moved aside, and for one of another kind or
-    of another format, which stays where it is.
+    Raises CheckpointError for a damaged file, which is moved aside, and for a file of another kind
+    or format, which stays where it is; and OSError for a file that cannot be opened.
     """
     content = io.BytesIO(path.read_bytes())  # a file that cannot be opened is not a damaged one
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
         number = state["format"]
     except DAMAGE as error:
-        if zipfile.is_zipfile(path):  # as torch writes: whole, and something else
+        if zipfile.is_zipfile(path):  # whole, as torch writes it, with other contents
             raise CheckpointError(
                 f"{path} is a file of another kind ({type(error).__name__}), and was left as it "
                 "is; name another file for the checkpoint"
@@ -69,19 +69,22 @@ def read(path: Path) -> dict:
 
 
 def compare(path: Path, here: Mapping, there: Mapping) -> None:
-    """Raise CheckpointError if a value of this run is not that of the checkpoint."""
+    """Raise CheckpointError if a value of the run, ``here``, differs in the checkpoint, ``there``.
+
+    path: the checkpoint's file, for the message.
+    """
     for name, value in here.items():
         if value != there.get(name):
             raise CheckpointError(
                 f"{path} belongs to another run: its {name} is {there.get(name)}, here it is "
-                f"{value}; remove it to start anew, or name another file"
+                f"{value}; remove the file to start anew, or name another one"
             )
 
 
 def check_probes(probes: Iterable) -> None:
-    """Raise ValueError for a probe whose state no checkpoint can hold.
+    """Raise ValueError for a probe whose state a checkpoint cannot hold.
 
-    That is before the first step, not at the first checkpoint.
+    `bnnbook.training.train` asks before the first step, not at the first checkpoint.
     """
     for probe in probes:
         lacking = [m for m in ("state_dict", "load_state_dict") if not hasattr(probe, m)]
@@ -94,8 +97,8 @@ def check_probes(probes: Iterable) -> None:
             torch.load(file, weights_only=True)
         except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{type(probe).__name__}.state_dict() holds more than tensors, numbers, words and "
-                f"collections of them, which a checkpoint cannot ({error})"
+                f"{type(probe).__name__}.state_dict() holds more than tensors, numbers, strings "
+                f"and collections of them, which is all that a checkpoint can hold ({error})"
             ) from error
 
 
@@ -104,13 +107,13 @@ def check_probes(probes: Iterable) -> None:
 
 def settings(model: nn.Module, functions: Mapping[str, Callable | None],
              **stepped: Iterable) -> dict[str, object]:  # fmt: skip
-    """Return what a run is set to, in plain words and numbers, by name.
+    """Return a run's settings by name, as strings, numbers and collections of them.
 
-    Two runs with the same settings compute the same, as far as that can be told from outside: a
-    function is known by its name and by the values that it was made with, not by its code.
+    Two runs with the same settings compute the same, as far as that can be seen from outside: a
+    function is compared by its name and by the values that it was made with, not by its code.
 
-    functions: by the names they have as arguments, such as ``loss``.
-    stepped: the lists of optimizers and of schedulers.
+    functions: the functions that the run was given, by argument name, such as ``loss``.
+    stepped: the run's ``optimizers`` and ``schedulers``, by these names.
     """
     parameters = model.named_parameters()
     frozen = [name for name, parameter in parameters if not parameter.requires_grad]
@@ -127,32 +130,32 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
 
 
 def name_of(function: Callable | None) -> str:
-    """Return the name of a function, or of an object's class."""
+    """Return the name of a function, or of the class of another object."""
     return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _in_words(value, depth: int = 4) -> str:
-    """Return what a function is called and which plain values and tensors it was made with.
+    """Return a function's name and the plain values and tensors that it was made with, as text.
 
-    None is left out, which may stand for what the function has yet to find.
+    None is left out, because it may stand for a value that the function has yet to compute.
     """
     if isinstance(value, Tensor):
         return _gist(value)
-    if _is_plain(value) or isinstance(value, nn.Module):  # of a network, statistics move on
+    if _is_plain(value) or isinstance(value, nn.Module):  # not a network's buffers, which change
         return repr(value)
     told = [v for v in _inside(value) if v is not None and _is_told(v)]
     return f"{name_of(value)}({', '.join(_in_words(v, depth - 1) for v in told if depth)})"
 
 
 def _module_in_words(module: nn.Module) -> str:
-    """Return what a module, such as a loss, was made with: attributes and buffers, too."""
+    """Return a module, such as a loss, as text, with its plain attributes and its buffers."""
     parts = (value for part in module.modules() for value in _attributes(part))
     shown = [repr(value) for value in parts if _is_plain(value)]
     return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
 
 
 def _is_plain(value) -> bool:
-    """Whether a value is a number, a word, or a collection of such: the same in every process."""
+    """Whether a value is a number, a string or a collection of them: alike in every process."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):
@@ -165,7 +168,7 @@ def _is_told(value) -> bool:
 
 
 def _inside(value) -> Iterable:
-    """Return what a function or an object was made with."""
+    """Return what a function or an object was made with: arguments, closure, attributes."""
     if isinstance(value, (tuple, list)):
         return value
     if isinstance(value, partial):
@@ -176,9 +179,9 @@ def _inside(value) -> Iterable:
 
 
 def _attributes(value) -> list:
-    """Return an object's attributes, each after its name; not those of a class, nor private ones.
+    """Return an object's public attributes, each after its name; those of a class do not count.
 
-    A module's mode is left out, which changes.
+    A module's ``training`` is left out, because it changes during a run.
     """
     own = {} if isinstance(value, type) else getattr(value, "__dict__", {})
     shown = {k: v for k, v in own.items() if not k.startswith("_") and k != "training"}
@@ -186,9 +189,9 @@ def _attributes(value) -> list:
 
 
 def _gist(tensor: Tensor) -> str:
-    """Return a tensor in short: its shape, and its length with each entry weighed by its place.
+    """Return a tensor as a short text: its shape, and the norm of its entries weighted by place.
 
-    Rounded, for another machine may have computed it with other last digits.
+    The norm is rounded, because another machine may have computed other last digits.
     """
     values = tensor.detach().double().flatten()
     places = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
@@ -196,7 +199,7 @@ def _gist(tensor: Tensor) -> str:
 
 
 def _numbers(part) -> dict[str, object]:
-    """Return the plain numbers in the state of an optimizer or a scheduler, by name."""
+    """Return the plain values in the state of an optimizer or a scheduler, by name."""
     state = part.state_dict()
     groups = state.get("param_groups", [state])
     return {f"{key}, group {number}" if len(groups) > 1 else key:
@@ -209,10 +212,10 @@ _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _at_first(thing, describe: Callable):
-    """Return describe(thing) as it was when a run first had it: rates and counters move on."""
+    """Return describe(thing) as of the first call for it, because rates and counters change."""
     try:
         if thing not in _seen:
             _seen[thing] = describe(thing)
         return _seen[thing]
-    except TypeError:  # of a kind that cannot be remembered without being kept alive
+    except TypeError:  # it cannot be remembered without being kept alive
         return describe(thing)

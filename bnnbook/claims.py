@@ -14,6 +14,7 @@ MIME = "application/vnd.bnnbook.claim+json"
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 OPEN = "only at full scale, not yet recorded"
+# The CSS class of each verdict.
 BADGE = {REPRODUCED: "reproduced", NOT_REPRODUCED: "not-reproduced", OPEN: "open"}
 ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
@@ -22,10 +23,10 @@ _checked: dict[str, "Claim"] = {}
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with its verdict; as the value of a notebook cell it shows itself as a table row.
+    """A claim with its verdict; as the value of a notebook cell it is shown as a table row.
 
     ``measured`` holds values, n, mean, spread (sample standard deviation, None when n < 2), unit
-    and text. ``n`` is 0 for a claim that was not measured, and None for one measured in words.
+    and text. ``n`` is 0 for a claim that was not measured, and None if ``measured`` was text.
     """
 
     id: str
@@ -77,14 +78,16 @@ def check(
 ) -> Claim:
     """State a paper's claim, what was measured, and whether the claim holds.
 
-    ``measured`` is a sequence of numbers (one a run), one number, or words; ``holds`` is the
+    ``measured`` is a sequence of numbers (one per run), one number, or text; ``holds`` is the
     verdict on it. Both are None for a claim that needs a full-scale run which is not yet recorded.
-    ``paper`` is the paper's number in words and ``source`` its place there. ``hardware`` is this
-    machine by default; at full scale it must be said, because the run was made elsewhere.
+    ``paper`` is the paper's number as text, and ``source`` where the paper gives it. ``hardware``
+    is this machine by default; at full scale it must be given, because the run may have been made
+    elsewhere.
 
-    The same id may be checked again with new measurements, as when a cell is run twice, but not
-    with another statement. Raises ValueError for that, for a malformed id, for a number that is
-    not finite, and for a verdict without a measurement or a measurement without a verdict.
+    The same ``id`` may be checked again with new measurements, as when a cell is run twice, but
+    not with another ``statement`` or ``paper``. Raises ValueError for that, for malformed
+    arguments, for a number that is not finite, and for a verdict without a measurement or a
+    measurement without a verdict.
 
     >>> print(check("toy.sum", "1 + 1 is 2", "2", measured=1 + 1, holds=True, hardware="any"))
     toy.sum: reproduced
@@ -124,14 +127,16 @@ def check_recorded(
     shortened: bool = False,
     root=None,
 ) -> Claim:
-    """State a claim on an experiment's full-scale records; it is open while a variant has none.
+    """State a claim about an experiment's full-scale records; it is open while a variant has none.
 
-    For each seed that all ``variants`` have, ``value`` makes a number of their records, a dict by
-    variant; the claim holds if their mean lies between ``above`` and ``below``. Only runs of the
-    whole recipe count, unless ``shortened`` lets others in: then the longest that all variants
-    have, and their length stands behind the ``unit``. Runs of another precision are not compared.
+    For each seed that all ``variants`` have, ``value`` is called with a dict of their records by
+    variant and returns a number; the claim holds if the mean of these numbers lies between
+    ``above`` and ``below``. Only runs of the whole recipe count, unless ``shortened`` is True:
+    then the longest runs that all variants have count, and their length is added to the ``unit``.
+    Runs of different precision are not compared with each other.
 
-    Raises ValueError as `check` does, and for no variants. ``root`` as in `records.load`.
+    Raises ValueError as `check` does, and for an empty ``variants``. ``root`` is as in
+    `records.load`.
     """
     sets = recorded_sets(experiment, variants, shortened, root)
     if not sets:
@@ -148,10 +153,10 @@ def check_recorded(
 def recorded_sets(
     experiment: str, variants: Sequence[str], shortened: bool = False, root=None
 ) -> list[dict[str, records.Record]]:
-    """Return for each seed a full-scale record of every variant, the longest that all have.
+    """Return one dict per seed: a full-scale record of every variant, the longest that all have.
 
-    Arguments as in `check_recorded`; empty while a variant has none. Raises ValueError for no
-    variants.
+    The arguments are as in `check_recorded`; the list is empty while a variant has no record.
+    Raises ValueError for an empty ``variants``.
     """
     if not variants:
         raise ValueError(f"{experiment}: name at least one variant")
@@ -231,7 +236,7 @@ def _number(id: str, value) -> float | int:
 def three_digits(mean: float, spread: float | None = None) -> str:
     """Return ``mean ± spread`` with three significant digits of the larger one.
 
-    The spread has the mean's decimals, or one significant digit where those would make it 0.
+    The spread has as many decimals as the mean, or one significant digit if it would become 0.
 
     >>> three_digits(0.98765, 0.0123), three_digits(98.765), three_digits(1.5, 0.0001)
     ('0.988 ± 0.012', '98.8', '1.50 ± 0.0001')
@@ -256,19 +261,20 @@ def _digits(mean: float, spread: float | None) -> str:
 
 
 def verdicts() -> dict[str, str]:
-    """Return the verdict of each claim checked since the start, by id; for a tagged fact cell."""
+    """Return the verdicts of all claims checked so far, by id: for a cell that tests compare."""
     return {id: claim.verdict for id, claim in _checked.items()}
 
 
 def reset() -> None:
-    """Forget all claims that were checked."""
+    """Forget all claims that have been checked."""
     _checked.clear()
 
 
 def glue(name: str, text: str) -> None:
     """Bind a number in the chapter's prose to this cell: ``{glue:text}`name``` shows ``text``.
 
-    Round the number yourself: ``glue("error", f"{error:.2f} %")``.
+    Round the number yourself: ``glue("error", f"{error:.2f} %")``. Raises ValueError for an empty
+    ``name`` and TypeError for a ``text`` that is not a string.
     """
     from IPython.display import display
 
@@ -286,7 +292,7 @@ def glue(name: str, text: str) -> None:
 def from_notebook(nb: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the claims in an executed notebook's outputs, in order, as dicts.
 
-    A claim that misses a key, has an unknown verdict, or repeats an id raises a ValueError.
+    Raises ValueError for a claim that lacks a key, has an unknown verdict, or repeats an id.
     """
     found: dict[str, dict[str, Any]] = {}
     for claim in _outputs(nb):

@@ -11,16 +11,18 @@ import typer
 from bnnbook import __version__
 
 app = typer.Typer(
-    help="Run the book's experiments, and look after their records and data sets.",
+    help="Run the book's experiments, and manage their records and data sets.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
 Data = Annotated[
     Path | None,
-    typer.Option("--root", "--data", help="Folder of the data sets; else BNNBOOK_DATA."),
+    typer.Option("--root", "--data", help="Folder of the data sets (default: BNNBOOK_DATA)."),
 ]
-Results = Annotated[Path | None, typer.Option(help="Folder of records; else BNNBOOK_RESULTS.")]
-Runs = Annotated[Path, typer.Option(help="Folder of the checkpoints of unfinished runs.")]
+Results = Annotated[
+    Path | None, typer.Option(help="Folder of the records (default: BNNBOOK_RESULTS).")
+]
+Runs = Annotated[Path, typer.Option(help="Folder for the checkpoints of unfinished runs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -40,12 +42,12 @@ def options(
                      help="Show the versions of bnnbook and torch, and exit."),
     ] = False,
 ) -> None:  # fmt: skip
-    """Take the options that stand before a command."""
+    """Accept the options that stand before a command."""
 
 
 @app.command("list")
 def list_experiments(results: Results = None) -> None:
-    """List the experiments, their variants and scales, and the records there are of them."""
+    """List the experiments with their variants, their scales and their records."""
     from bnnbook import experiments, records
 
     wrong: list[Exception] = []
@@ -65,21 +67,23 @@ def list_experiments(results: Results = None) -> None:
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="A name that `bnnbook list` shows.")],
-    variant: Annotated[list[str] | None, typer.Option(help="Repeatable; default all.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable; default 0.")] = None,
+    experiment: Annotated[str, typer.Argument(help="A name from `bnnbook list`.")],
+    variant: Annotated[list[str] | None, typer.Option(help="Repeatable (default: all).")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable (default: 0).")] = None,
     scale: Annotated[str, typer.Option(help="small (seconds) or full.")] = "small",
-    epochs: Annotated[int | None, typer.Option(help="Shorten the recipe; recorded.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Shorten the recipe to this; the record says so.")
+    ] = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace records that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing records.")] = False,
     data: Data = None,
     results: Results = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Run an experiment and record it; interrupted with Ctrl-C, the same command continues.
+    """Run an experiment and record it; after Ctrl-C, the same command continues the run.
 
-    A record that is there spares the run, unless it is of fewer epochs: then the run replaces it.
-    Records of small-scale runs go to the folder of --runs, unless another one is named.
+    A run that has a record is skipped, unless the record has fewer epochs: then it is replaced.
+    Small-scale records go to the folder of --runs, unless --results or BNNBOOK_RESULTS names one.
     """
     from bnnbook import experiments, recording
 
@@ -98,26 +102,36 @@ def run(
 
 @app.command()
 def record(
-    minutes: Annotated[float, typer.Option(help="Stop in time; a later call continues.")] = 60,
+    minutes: Annotated[
+        float, typer.Option(help="Stop within this time; a later call continues.")
+    ] = 60,
     only: Annotated[
-        list[str] | None, typer.Option(help="An experiment or paper; repeatable.")
+        list[str] | None, typer.Option(help="An experiment or a paper; repeatable.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable; default 0, 1, 2.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Shorten the recipes; recorded.")] = None,
-    scale: Annotated[str, typer.Option(help="full, or small to try it out.")] = "full",
-    jobs: Annotated[int, typer.Option(help="Runs at once, each a process of its own.")] = 1,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable (default: 0, 1, 2).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Shorten the recipes to this; the records say so.")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="full, or small for a trial.")] = "full",
+    jobs: Annotated[int, typer.Option(help="Runs at once, each in its own process.")] = 1,
     device: Device = "auto",
-    show: Annotated[bool, typer.Option("--list", help="Show what there is; run nothing.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write records here, not to --results.")] = None,
-    take: Annotated[
-        Path | None, typer.Option("--import", help="Check this folder's records, take them over.")
+    show: Annotated[
+        bool, typer.Option("--list", help="List the state of every run, and run nothing.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the records here instead of to --results.")
     ] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(help="Between two checkpoints.")] = 1,
+    take: Annotated[
+        Path | None, typer.Option("--import", help="Check this folder's records and import them.")
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between two checkpoints.")
+    ] = 1,
     data: Data = None,
     results: Results = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Run what is not recorded yet, or only shortened: the most valuable first, in time.
+    """Run what has no record yet, or only a shortened one: the most valuable first, in --minutes.
 
     Unfinished runs keep a checkpoint in the folder of --runs, and the same command continues them
     to the same numbers. A run that fails does not stop the others.
@@ -149,11 +163,11 @@ def record(
 
 
 def _report(outcome) -> None:
-    """Say what is left and what failed; exit with 1 after a failure, with 130 after Ctrl-C."""
+    """Say what failed and what is left; exit with 1 after a failure, with 130 after Ctrl-C."""
     reasons: dict[str, list] = {}
     for job, text in outcome.failed.items():
         reasons.setdefault(text.rstrip(), []).append(job)
-    for text, jobs in reasons.items():  # a data set that is lacking is one reason for many
+    for text, jobs in reasons.items():  # a missing data set is one reason for many
         more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
         typer.echo(f"\n{jobs[0]}{more} failed:\n{text}", err=True)
     left = len(outcome.stopped) + len(outcome.waiting)
@@ -173,12 +187,12 @@ def _measured(device: str, folders) -> dict:
 
 
 def _show_states(wanted, folders, runs: Path, device: str) -> None:
-    """Print a line for each variant: its seeds' states, and the minutes of a run."""
+    """Print a line for each variant: the minutes per run, and the state of each seed."""
     from bnnbook import recording, records, training
 
     measured = _measured(device, folders)
     name = records.device_name(training.choose_device(device))
-    typer.echo(f"minutes a run on {name}; – where none like it was recorded there")
+    typer.echo(f"minutes per run on {name}; – if no run like it was recorded there")
     lines: dict[tuple, list] = {}
     for job in wanted:
         lines.setdefault((job.experiment, job.variant), []).append(job)
@@ -192,10 +206,12 @@ def _show_states(wanted, folders, runs: Path, device: str) -> None:
 
 @app.command("data")
 def show_data(
-    name: Annotated[str | None, typer.Argument(help="Load this set (downloads it).")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Load this set, downloading it if necessary.")
+    ] = None,
     data: Data = None,
 ) -> None:
-    """List the data sets found, or load one and print its size and SHA-256."""
+    """List the data sets that are here, or load one and print its size and SHA-256."""
     from bnnbook import data as sets
 
     _use_data(data)
@@ -209,7 +225,7 @@ def show_data(
 
 
 def _is_recorded(job, device: str, results, runs: Path) -> bool:
-    """Whether a record spares the job's run; say so, or that the run replaces a shorter one."""
+    """Whether a record makes a run unnecessary; say so, or that the run replaces the record."""
     from bnnbook import recording, records
 
     there = recording.read_record(job, results)
@@ -225,18 +241,18 @@ def _is_recorded(job, device: str, results, runs: Path) -> bool:
 
 
 def _check_folder(option: str, folder: Path) -> None:
-    """Raise an error now, not after the training, when the folder of an option is of no use."""
+    """Raise ValueError now, not after the training, if the folder of an option cannot be used."""
     from bnnbook import recording
 
     try:
         recording.check_folders(folder)
-    except OSError as error:  # the system's own words name neither the option nor a way out
+    except OSError as error:  # the system's words name neither the option nor a remedy
         words = f"{folder} cannot be used ({error.strerror}); name another folder"
         raise ValueError(f"{option}: {words if error.strerror else error}") from error
 
 
 def _run_one(job, device, results, runs: Path) -> None:
-    """Run a job in this process, and say how it goes."""
+    """Run a job in this process, and say how it begins and ends."""
     from bnnbook import recording, records
 
     checkpoint = job.checkpoint(runs, device)
@@ -268,7 +284,7 @@ def _use_data(folder: Path | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; expected errors are one line, not a traceback."""
+    """Run the command line; print an expected error as one line, without a traceback."""
     try:
         app()
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
@@ -281,7 +297,7 @@ def main() -> None:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether bnnbook itself refused what was asked for: then its words say all there is to say.
+    """Whether bnnbook itself refused what was asked for, so that its message says everything.
 
     A ValueError from elsewhere, torch for example, is a surprise that a traceback may explain.
     """

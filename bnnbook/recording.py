@@ -1,11 +1,11 @@
-"""Work through the runs that have no record yet: the most valuable first, in time, in parallel.
+"""Run what has no record yet: the most valuable first, in parallel, within a given time.
 
-Every run is a process of its own. One that fails, or is killed, takes no other with it, and
-several share a GPU or the cores of a CPU. Because nothing else is shared, a run's numbers do not
-depend on how many ran beside it; on a CPU, where they share the threads, convolutions may round
+Every run is a process of its own. If one fails or is killed, the others go on; several share a GPU
+or the cores of a CPU. As they share nothing else, a run's numbers do not depend on how many others
+run beside it, with one exception: on a CPU they also share the threads, and convolutions may round
 differently with another number of threads, which the record names. Runs batched into one step
-would round differently in any case (``benchmarks/replicas.py`` measures both ways; on a CPU
-batching is the slower one but for the smallest networks).
+would round differently in any case (``benchmarks/replicas.py`` times such batches; on a CPU they
+are slower than single runs, except for the smallest networks).
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from bnnbook.records import Record
 
 SEEDS = (0, 1, 2)
 GRACE = 20.0  # seconds before the end in which unfinished runs write their checkpoints
-STOPS = (signal.SIGINT, signal.SIGTERM)
-# What two recipes have in common if an epoch takes about as long.
+STOPS = (signal.SIGINT, signal.SIGTERM)  # the signals that stop a run
+# Recipes that agree in these settings take about as long for an epoch.
 LIKE = ("dataset", "network", "hidden", "widths", "blocks", "width", "experts", "batch_size")
 
 
@@ -52,19 +52,20 @@ class Job:
 
     @property
     def recipe(self):
-        """The experiment's recipe, which the variant may change."""
+        """The experiment's recipe at this scale, before the variant changes it."""
         return experiments.find(self.experiment)[2][self.scale]
 
     @property
     def planned(self) -> int:
-        """The epochs that this run takes at most."""
+        """The number of epochs that this run takes at most."""
         return self.epochs or self.recipe.epochs
 
     def checkpoint(self, runs: Path, device: str = "auto") -> Path:
-        """Return the file, or the folder, in which the unfinished run is kept.
+        """Return the file or folder in which the unfinished run is kept.
 
-        The number of epochs sets how fast rates fall: another number is another run. So is one on
-        another kind of device, which computes with another precision.
+        Its name has the number of epochs, if that was shortened, because the learning rates follow
+        from it: another number is another run. So is a run on another kind of device, because that
+        computes in another precision.
         """
         length = "" if self.epochs is None else f"-{self.epochs}epochs"
         kind = training.choose_device(device).type
@@ -75,11 +76,12 @@ class Job:
 
 def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int] = SEEDS,
              epochs: int | None = None) -> list[Job]:  # fmt: skip
-    """Return the runs of all experiments, or of ``only`` these, the most valuable first.
+    """Return the runs of all experiments, or of those in ``only``, the most valuable first.
 
     The first seed of everything comes before the second of anything; within a seed the order is
-    that of `bnnbook.experiments.PRIORITY`. A paper's name, such as "quist2023", stands for all its
-    experiments. Unknown experiments, and ones without the scale, raise a ValueError.
+    that of `bnnbook.experiments.PRIORITY`. A paper's name in ``only``, such as "quist2023", stands
+    for all its experiments. Raises ValueError for an unknown scale, for fewer epochs than one, and
+    for a name in ``only`` that is unknown or has no experiment of this scale.
     """
     if scale not in records.SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(records.SCALES)}")
@@ -97,7 +99,7 @@ def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int]
 
 
 def _meant_by(name: str, scale: str) -> list[str]:
-    """Return the experiments of this scale that a name means: its own, or all of its paper."""
+    """Return the experiments of this scale that a name stands for: itself, or all of a paper."""
     of_paper = [each for each in experiments.PRIORITY if each.startswith(f"{name}.")]
     found = of_paper or [name]
     having = [each for each in found if scale in experiments.find(each)[2]]
@@ -112,7 +114,7 @@ def _meant_by(name: str, scale: str) -> list[str]:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is: kind is recorded, shortened, partial (a checkpoint) or missing."""
+    """How far a run is, in ``words``; ``kind`` is recorded, shortened, partial or missing."""
 
     kind: str
     words: str
@@ -124,17 +126,17 @@ class State:
 
 
 def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> State:
-    """Return how far a run is, by the records in the folders and its checkpoint in ``runs``.
+    """Return how far a run is, by the records in ``folders`` and its checkpoint in ``runs``.
 
-    A shortened record of as many epochs as the job asks for, or more, is as good as the job's.
-    A checkpoint of another kind of device does not count.
+    A shortened record is as good as recorded if it has at least the epochs that the job asks for.
+    A checkpoint from another kind of device does not count.
     """
     found = [r for folder in folders if (r := read_record(job, folder)) is not None]
     lengths = [length_of(r) for r in found if r.shortened is not None]
     if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.epochs):
         return State("recorded", "recorded")
     checkpoint = job.checkpoint(runs, device)
-    if checkpoint.is_dir():  # how many trainings there will be only the experiment knows
+    if checkpoint.is_dir():  # only the experiment knows how many trainings it will have
         epochs, _ = so_far(checkpoint)
         return State("partial", f"partial, {epochs} epochs of several trainings")
     if checkpoint.exists():
@@ -156,14 +158,14 @@ def length_of(record: Record) -> int:
 
 
 def epochs_done(checkpoint: Path) -> int:
-    """Return the whole epochs in a checkpoint; 0 for none, a damaged one, or a folder of some."""
+    """Return the completed epochs in a checkpoint; 0 if it is missing, damaged or a folder."""
     return so_far(checkpoint)[0] if checkpoint.is_file() else 0
 
 
 def so_far(checkpoint: Path) -> tuple[int, float]:
-    """Return the whole epochs in a checkpoint, or in all those of a folder, and their seconds.
+    """Return the completed epochs in a checkpoint, or in all those of a folder, and their seconds.
 
-    What is damaged counts as nothing.
+    A damaged checkpoint counts as nothing.
     """
     if checkpoint.is_dir():
         try:
@@ -180,10 +182,10 @@ def so_far(checkpoint: Path) -> tuple[int, float]:
 
 
 def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], float]:
-    """Return what an epoch took in the records made on a device.
+    """Return how many seconds an epoch took in the records made on a device.
 
-    The keys are (experiment, scale, variant); for variants without a record (experiment, scale);
-    and for experiments without one what their recipe shares with another's (see `LIKE`).
+    The keys are (experiment, scale, variant); for variants without a record, (experiment, scale);
+    and for experiments without one, the settings that their recipe shares with another's (`LIKE`).
     """
     found: dict[tuple[str, ...], float] = {}
     for folder in folders:
@@ -194,10 +196,10 @@ def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], fl
 
 
 def _add_pace(measured: dict[tuple[str, ...], float], record: Record) -> None:
-    """Note what an epoch of a record took, under all keys of `seconds_an_epoch`.
+    """Note how long an epoch of a record took, under all keys of `seconds_an_epoch`.
 
-    For its own experiment these are the seconds of all its trainings per epoch of the recipe;
-    another experiment has other trainings, so that for it a single epoch counts.
+    For the record's own experiment, that is the time of all its trainings per epoch of the recipe;
+    another experiment has other trainings, so for it the time of a single epoch counts.
     """
     if record.seconds and record.history:
         key = record.experiment, record.scale
@@ -208,14 +210,14 @@ def _add_pace(measured: dict[tuple[str, ...], float], record: Record) -> None:
 
 
 def _alike(recipe: Mapping) -> tuple[str, ...]:
-    """Return the key that a recipe shares with all whose epochs take about as long."""
+    """Return the key that a recipe shares with all recipes whose epochs take about as long."""
     return tuple(json.dumps(recipe.get(name) or None) for name in LIKE)
 
 
 def estimate(job: Job, measured: Mapping, done: int = 0) -> float | None:
-    """Return the seconds that a run will take after the epochs that are done.
+    """Return the seconds that a run will take after ``done`` epochs, judging by ``measured``.
 
-    None when nothing like it was measured.
+    That is what `seconds_an_epoch` returns; None if nothing like the run is in it.
     """
     key = job.experiment, job.scale
     for each in ((*key, job.variant), key, _alike(vars(job.recipe))):
@@ -229,9 +231,9 @@ def estimate(job: Job, measured: Mapping, done: int = 0) -> float | None:
 
 def run(job: Job, *, device: str = "auto", results: Path | None = None, runs: Path = Path("runs"),
         progress: bool | None = None) -> tuple[Record, Path]:  # fmt: skip
-    """Run one job from its checkpoint, if it has one, to its record; return that and its path.
+    """Run one job, from its checkpoint if it has one; return its record and the record's path.
 
-    The checkpoint is removed only when the record is written.
+    The checkpoint is removed only after the record has been written.
     """
     function, _, _ = experiments.find(job.experiment)
     runs.mkdir(parents=True, exist_ok=True)
@@ -247,7 +249,7 @@ def run(job: Job, *, device: str = "auto", results: Path | None = None, runs: Pa
 
 
 def in_words(job: Job, done: Record, path: Path) -> str:
-    """Return a finished run as one line."""
+    """Return a line of text about a finished run."""
     short = f", {done.shortened}" if done.shortened else ""
     return (f"{job} ({done.scale} scale{short}): test error "
             f"{100 * done.metrics['test_error']:.2f} %, {done.seconds:.0f} s on "
@@ -259,11 +261,11 @@ def in_words(job: Job, done: Record, path: Path) -> str:
 
 @dataclass
 class Outcome:
-    """What came of a call of `work_through`."""
+    """How the jobs of one call of `work_through` ended."""
 
     done: list[Job] = field(default_factory=list)
-    stopped: list[Job] = field(default_factory=list)  # their checkpoints continue them
-    failed: dict[Job, str] = field(default_factory=dict)  # with the traceback, or what is lacking
+    stopped: list[Job] = field(default_factory=list)  # can continue from a checkpoint
+    failed: dict[Job, str] = field(default_factory=dict)  # with the traceback or the reason
     waiting: list[Job] = field(default_factory=list)  # not begun
     interrupted: bool = False
 
@@ -272,16 +274,19 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
                  results: Path | None = None, runs: Path = Path("runs"),
                  measured: dict | None = None, checkpoint_minutes: float | None = None,
                  say=print) -> Outcome:  # fmt: skip
-    """Run the jobs in their order, ``at_once`` in parallel, and stop before the time is up.
+    """Run the jobs in order, ``at_once`` in parallel, and stop before ``seconds`` are over.
 
-    A run that cannot finish in the time that is left, judged by ``measured`` (see `estimate`) and
-    by the runs that are done meanwhile, is passed over as long as another can; when none can, the
-    first goes as far as it comes. What is unfinished `GRACE` seconds before the end (or a tenth of
-    the time) writes its checkpoint, and so it does on Ctrl-C and SIGTERM. A run that another call
-    is at work on is left to that one. One whose steps the GPU refuses to record as a CUDA graph
-    starts anew without, and so do the others of its experiment. When a data set cannot be had, no
-    run on it is tried again.
-    ``say`` is given a line when a run starts and one when it ends.
+    A run that cannot finish in the remaining time, judging by ``measured`` (see `estimate`) and by
+    the runs finished meanwhile, is passed over as long as another one can; if none can, the first
+    one goes as far as it gets. Runs that are unfinished `GRACE` seconds before the end (or a tenth
+    of the time, if that is less) write their checkpoints, and so they do on Ctrl-C and SIGTERM. A
+    run that another call is working on is left to that call. A run whose steps cannot be recorded
+    as a CUDA graph starts anew without graphs, which are then not tried again in its experiment.
+    If a data set cannot be loaded, all waiting runs on it count as failed.
+    ``say`` is called with a line when a run starts and another when it ends.
+
+    Raises ValueError unless ``at_once`` and ``seconds`` are positive, and OSError for a folder
+    that cannot be written.
     """
     if at_once < 1:
         raise ValueError(f"at least one run at a time, not {at_once}")
@@ -307,7 +312,7 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
 
 
 def check_folders(*folders: Path) -> None:
-    """Raise an OSError now, not after hours, for a folder that cannot be written."""
+    """Make the folders; raise OSError now, not after hours, for one that cannot be written."""
     for folder in folders:
         if folder.exists():
             _check_is_folder(folder)
@@ -322,12 +327,12 @@ def _check_is_folder(folder: Path) -> None:
 
 
 def _is_repeatable(commit: str | None, dirty: bool | None) -> bool:
-    """Whether a commit is known, and known to be what ran."""
+    """Whether the commit is known, and the library known to be unchanged since."""
     return bool(commit) and dirty is False
 
 
 def _warn_without_commit(say) -> None:
-    """Say before hours of work that its records will not be importable."""
+    """Warn, before hours of work, if its records could not be imported."""
     commit, dirty = records.git_state()
     if not _is_repeatable(commit, dirty):
         what = ("the library was changed since its commit: commit first" if commit else
@@ -341,19 +346,19 @@ class _Crew:
     def __init__(self, device, results, runs, at_once, checkpoint_minutes, say, measured=None):
         self.device, self.results, self.runs = device, results, runs
         self.at_once, self.say, self.measured = at_once, say, dict(measured or {})
-        self.running: dict = {}  # from the pipe on which a process reports to (job, process)
-        self.lacking: dict[str, str] = {}  # from data sets that cannot be had to why
+        self.running: dict = {}  # pipe of a process -> (job, process)
+        self.lacking: dict[str, str] = {}  # data set that cannot be loaded -> reason
         self.stepwise: set[str] = set()  # experiments that run without CUDA graphs
         self.outcome = Outcome()
         # torch counts the cores that this process may use, which can be fewer than there are
         threads = max(1, torch.get_num_threads() // at_once) if at_once > 1 else None
         self.settings = device, results, runs, threads, checkpoint_minutes
-        # one run alone has a bar of its own, and a terminal room for one
+        # a single run shows its own bar, and a terminal has room for only one
         show = at_once > 1 and sys.stderr.isatty()
         self.bar = tqdm(unit="run", disable=not show, leave=False)
 
     def fill(self, left: float) -> None:
-        """Start processes until as many are at work as may be."""
+        """Start jobs until ``at_once`` are running; ``left`` is the remaining time in seconds."""
         waiting = self.outcome.waiting
         while waiting and len(self.running) < self.at_once:
             job = next((j for j in waiting if self.remaining(j) <= left), waiting[0])
@@ -362,15 +367,15 @@ class _Crew:
             self.start(job)
 
     def remaining(self, job: Job) -> float:
-        """Return the seconds that a job still takes; 0 when they cannot be known."""
+        """Return the seconds that a job will still take; 0 if they cannot be estimated."""
         checkpoint = job.checkpoint(self.runs, self.device)
-        if checkpoint.is_dir():  # whose epochs are those of several trainings
+        if checkpoint.is_dir():  # its epochs are those of several trainings
             _, seconds = so_far(checkpoint)
             return max(0.0, (estimate(job, self.measured) or 0) - seconds)
         return estimate(job, self.measured, epochs_done(checkpoint)) or 0
 
     def start(self, job: Job) -> None:
-        """Begin a job in a fresh process; forked ones cannot use CUDA."""
+        """Start a job in a new process, spawned because a forked one cannot use CUDA."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
         graph = job.experiment not in self.stepwise
@@ -382,22 +387,22 @@ class _Crew:
         self.show()
 
     def collect(self, timeout: float) -> None:
-        """Wait until a process reports or the time is over; note what came of its job."""
+        """Wait until a process reports or ``timeout`` is over, and note how its job ended."""
         for pipe in wait(list(self.running), max(0.0, timeout)):
             job, process = self.running.pop(pipe)
             try:
                 kind, text = pipe.recv()
-            except (EOFError, OSError):  # it died before, or while, it reported
+            except (EOFError, OSError):  # it died before or while it reported
                 kind, text = "failed", ""
             process.join(5)
-            process.kill()  # one that has reported, and yet does not end
+            process.kill()  # in case it has reported and yet does not end
             process.join()
             if not text and kind == "failed":
                 text = f"the process died without a word (exit status {process.exitcode})"
             self.note(job, kind, text)
 
     def note(self, job: Job, kind: str, text: str) -> None:
-        """File a job under what came of it, and say so."""
+        """File a job under its outcome, and say so."""
         if kind == "lacking":
             self.give_up(job, text)
         elif kind == "refused":
@@ -418,7 +423,7 @@ class _Crew:
         self.show()
 
     def give_up(self, job: Job, why: str) -> None:
-        """File a job, and all that wait for its data set, as failed; say it once for them all."""
+        """File a job and all that wait for its data set as failed, and say so once for all."""
         name, waiting = job.recipe.dataset, self.outcome.waiting
         is_news = name not in self.lacking
         why = self.lacking.setdefault(name, why)
@@ -430,24 +435,24 @@ class _Crew:
             self.tell(f"{job}{others}: failed, {why}")
 
     def learn(self, job: Job) -> None:
-        """Judge the runs to come by the pace of one that is done."""
+        """Use the pace of a finished run to estimate those to come."""
         record = read_record(job, self.results)
         here = records.device_name(training.choose_device(self.device))
         if record is not None and record.environment.get("device") == here:
             _add_pace(self.measured, record)
 
     def tell(self, text: str) -> None:
-        """Say a line, above the bar if there is one."""
+        """Say a line, above the progress bar if there is one."""
         with contextlib.nullcontext() if self.bar.disable else tqdm.external_write_mode():
             self.say(text)
 
     def show(self) -> None:
-        """Name on the bar what is at work."""
+        """Show the running jobs on the progress bar."""
         self.bar.total = self.bar.n + len(self.running) + len(self.outcome.waiting)
         self.bar.set_description(" · ".join(str(job) for job, _ in self.running.values()))
 
     def dismiss(self, end: float) -> None:
-        """Ask the processes at work to stop, collect what they say, kill what does not hear."""
+        """Ask the running processes to stop, collect their reports, kill those left at ``end``."""
         for _, process in self.running.values():
             process.terminate()
         while self.running and time.monotonic() < end:
@@ -471,23 +476,23 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, graph=T
             training.CHECKPOINT_MINUTES = checkpoint_minutes
         alone = threads is None and sys.stderr.isatty()
         report = _run_unless_another_does(job, device, results, runs, alone)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late: the record is there
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late to stop: the record is there
     except KeyboardInterrupt:
         there = job.checkpoint(runs, device).exists()
         what = "its checkpoint continues it" if there else "nothing was saved yet"
         report = "stopped", f"{job}: stopped, {what}"
     except data.DataError as error:
         report = "lacking", str(error)
-    except graphs.GraphError as error:  # this process may be unfit for more, another is not
+    except graphs.GraphError as error:  # CUDA may fail in this process, not in another
         report = ("refused", str(error)) if graph else ("failed", traceback.format_exc())
     except BaseException:  # whatever it is, the other runs go on
         report = "failed", traceback.format_exc()
-    with contextlib.suppress(BrokenPipeError):  # the first process has died
+    with contextlib.suppress(BrokenPipeError):  # the parent has died
         pipe.send(report)
 
 
 def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -> tuple[str, str]:
-    """Run a job, and return how it ended; leave it to another process that is at work on it."""
+    """Run a job, unless another process is working on it or has; return how that ended."""
     runs.mkdir(parents=True, exist_ok=True)
     with lock(job, runs) as is_ours:
         if not is_ours:
@@ -501,10 +506,10 @@ def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -
 
 @contextlib.contextmanager
 def lock(job: Job, runs: Path):
-    """Hold the lock of a run; yield whether it is ours. A process that dies lets go of it.
+    """Hold the lock of a run, and yield whether it is ours; a process that dies releases it.
 
-    It is one lock for all devices, whose records would be the same file.
-    Where there are no such locks (Windows, some network file systems) it is always ours.
+    There is one lock for all devices, because their records would be the same file. Where there
+    are no such locks (Windows, some network file systems), it always counts as ours.
     """
     try:
         import fcntl
@@ -531,7 +536,7 @@ def lock(job: Job, runs: Path):
 
 
 def _remove_parts(job: Job, results: Path | None, runs: Path, device: str) -> None:
-    """Remove the half-written files of a process that was killed at this job."""
+    """Remove the unfinished files of processes that were killed at this job."""
     checkpoint = job.checkpoint(runs, device)
     record = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)
     for part in (*runs.glob(f"{checkpoint.name}.*.part"), *checkpoint.rglob("*.part"),
@@ -544,7 +549,7 @@ def _remove_parts(job: Job, results: Path | None, runs: Path, device: str) -> No
 
 @contextlib.contextmanager
 def _stops_noted():
-    """Yield a list to which Ctrl-C and SIGTERM are added; they interrupt nothing."""
+    """Yield a list that collects Ctrl-C and SIGTERM, which then interrupt nothing."""
     stops: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stops
@@ -559,8 +564,8 @@ def _stops_noted():
 
 @contextlib.contextmanager
 def _stops_held_back():
-    """Let a process that is started here get Ctrl-C and SIGTERM only when it is ready to."""
-    resource_tracker.ensure_running()  # which multiprocessing starts first, and then lets them by
+    """Block Ctrl-C and SIGTERM in a process started here, until it unblocks them itself."""
+    resource_tracker.ensure_running()  # else starting it would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -569,10 +574,10 @@ def _stops_held_back():
 
 
 def _hear_the_first_process_only() -> None:
-    """Make SIGTERM, also one that came meanwhile, a KeyboardInterrupt; and Ctrl-C nothing.
+    """Turn SIGTERM, even a pending one, into a KeyboardInterrupt, and ignore Ctrl-C.
 
-    Ctrl-C on a terminal reaches every process of the group. Only the first process shall hear it,
-    which asks the others to stop once: a second signal would cut a checkpoint short.
+    Ctrl-C on a terminal reaches every process of the group. Only the parent shall react to it, by
+    asking each process once to stop: a second signal would cut a checkpoint short.
     """
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -586,7 +591,7 @@ def _interrupt(number, frame) -> None:
 
 
 def _stop_without_parent() -> None:
-    """Stop, with a checkpoint, when the process that started this one has died."""
+    """Stop this process, with a checkpoint, when its parent has died."""
     wait([multiprocessing.parent_process().sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -595,14 +600,17 @@ def _stop_without_parent() -> None:
 
 
 def merge(source: Path, root: Path | None = None) -> list[str]:
-    """Take over the records of a folder, all or none; return a line for each file.
+    """Import the records of the folder ``source``, all or none; return a line for each file.
 
-    A record is refused, and with it all others, when it is damaged or was changed, when its
-    experiment or variant is not known, when it is of full scale and names no commit, or a changed
-    one, and when its data set has another SHA-256 than that of the same name in the records there
-    or in its own folder. A shortened record never replaces a longer one, nor any record one of the
-    same length. Ctrl-C waits until the files are written; killed between two, the same import
-    writes the others. Raises `records.RecordError`, and NotADirectoryError.
+    A record is refused, and with it all the others, if it is damaged or was changed; if its
+    experiment, variant or scale is unknown; if it is of full scale and names no commit, or a
+    changed one; or if its data set has another SHA-256 than the one of that name in the existing
+    records or in the same folder. A shortened record never replaces a longer one, nor does any
+    record replace one of the same length. Ctrl-C waits until the files are written; if the import
+    is killed between two files, repeating it writes the rest.
+
+    Raises `records.RecordError` for a refused record and for a folder without records,
+    NotADirectoryError if ``source`` is not a folder, and OSError for an unreadable file.
     """
     _check_is_folder(Path(source))
     paths = sorted(p for p in Path(source).rglob("*.json") if not p.name.startswith("."))
@@ -626,7 +634,7 @@ def merge(source: Path, root: Path | None = None) -> list[str]:
 
 
 def _checked(path: Path, known: dict) -> Record:
-    """Return the record in a file, which stays where it is whatever is wrong with it."""
+    """Return the record in a file; raise RecordError, and leave the file, if it is refused."""
     try:
         record = records.parse(path.read_text(encoding="utf-8"))
         _, variants, recipes = experiments.find(record.experiment)
@@ -649,7 +657,7 @@ def _checked(path: Path, known: dict) -> Record:
 
 
 def _comparison(record: Record, there: Record | None) -> str:
-    """Say what a record is beside the one that is there."""
+    """Return how a record compares with the one that is there, if any."""
     if there is None:
         return "new"
     is_longer = there.shortened is not None and (
@@ -659,7 +667,7 @@ def _comparison(record: Record, there: Record | None) -> str:
 
 
 def _replace_all(new: dict[Path, Record], root: Path | None) -> None:
-    """Write the records; if one cannot be written, put back what was there."""
+    """Write the records; if one cannot be written, restore the files that were there."""
     before = [(path, path.read_bytes() if path.exists() else None) for path in new]
     try:
         for record in new.values():

@@ -21,17 +21,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2  # 2 brought the checksum
+FORMAT = 2  # format 2 added the checksum
 SCALES = ("small", "full")
 PACKAGE = Path(__file__).resolve().parent
+# Of arrays, with their byte order in the file.
 DTYPES = {"uint8": "|u1", "float32": "<f4"}
+# Of an experiment or a variant.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 RUN_KEYS = ["experiment", "variant", "seed", "scale"]
 RUN_COLUMNS = [*RUN_KEYS, "shortened", "dataset", "device", "seconds", "commit"]
 
 
 class RecordError(RuntimeError):
-    """A record cannot be written, or its file is damaged or was changed by hand."""
+    """A record cannot be written or imported, or its file is damaged or was changed by hand."""
 
 
 class _NewerFormatError(ValueError):
@@ -43,11 +45,11 @@ class Record:
     """One run: what was run, on what, and what came out.
 
     ``recipe`` holds every hyperparameter; ``shortened`` says in words how the run departs from the
-    paper's recipe, or is None. ``history`` has one dict an epoch, ``metrics`` the final numbers,
-    ``arrays`` what ``encode_array`` made of small arrays; ``environment`` is what
-    ``environment()`` returns. ``seconds`` is wall time and ``started`` a UTC time in ISO 8601.
+    paper's recipe, or is None. ``history`` has one dict per epoch, ``metrics`` the final numbers,
+    ``arrays`` small arrays as `encode_array` returns them; ``environment`` is what
+    `environment` returns. ``seconds`` is wall time and ``started`` a UTC time in ISO 8601.
     Values are plain JSON values; a number that is not finite is refused when the record is saved.
-    The file has one key more, ``checksum``: the SHA-256 of all others.
+    The file has one more key, ``checksum``: the SHA-256 of all the others.
     """
 
     format: int = FORMAT
@@ -82,7 +84,10 @@ def experiments(root: str | os.PathLike | None = None) -> list[str]:
 
 
 def record_path(experiment: str, variant: str, seed: int, scale: str = "full", root=None) -> Path:
-    """Return where the record of a run lies, whether it exists or not."""
+    """Return where the record of a run lies, whether it exists or not.
+
+    Raises ValueError for an unknown scale and for a malformed name.
+    """
     for what, name in (("experiment", experiment), ("variant", variant)):
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"{what} {name!r}: use letters, digits and . _ + = - only")
@@ -93,7 +98,7 @@ def record_path(experiment: str, variant: str, seed: int, scale: str = "full", r
 
 
 def find(experiment: str, variant: str, seed: int, root=None, scale: str = "full") -> Path | None:
-    """Return the file of a run's record, or None when there is none."""
+    """Return the file of a run's record, or None if there is none."""
     path = record_path(experiment, variant, seed, scale, root)
     return path if path.is_file() else None
 
@@ -110,7 +115,7 @@ def cpu_model() -> str:
 
 
 def device_name(device=None) -> str:
-    """Return a device's name; by default that of the GPU if this process used one, else the CPU.
+    """Return a device's name; by default the GPU's if this process has used one, else the CPU's.
 
     A plain ``"cpu"`` gives the processor's model.
     """
@@ -125,10 +130,10 @@ def device_name(device=None) -> str:
 
 
 def environment(device=None) -> dict[str, Any]:
-    """Return what a number may depend on: device, threads, versions, and the library's commit.
+    """Return what a result may depend on: device, threads, versions, and the library's commit.
 
-    ``dirty`` tells whether the library's files, its records apart, differ from that commit; both
-    are None when the library does not lie in its own git checkout.
+    ``dirty`` is True if the library's files, other than its records, differ from that commit; both
+    are None if the library does not lie in its own git checkout (see `git_state`).
     """
     import numpy
     import torch
@@ -150,9 +155,10 @@ def environment(device=None) -> dict[str, Any]:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that the library lies in, and whether it was changed.
+    """Return the commit of the library's git checkout, and whether the library differs from it.
 
-    Whoever runs an unchanged copy without git's folder says which one by BNNBOOK_COMMIT.
+    For an unchanged copy without the ``.git`` folder, the environment variable BNNBOOK_COMMIT can
+    name the commit. Both are None if the commit is not known.
     """
     if named := os.environ.get("BNNBOOK_COMMIT"):
         return named, False
@@ -181,6 +187,8 @@ def _git(*arguments: str) -> str | None:
 def encode_array(array) -> dict[str, Any]:
     """Return a small uint8 or float32 array (or tensor) as a JSON value.
 
+    Raises ValueError for another dtype and for values that are not finite.
+
     >>> import numpy as np
     >>> encode_array(np.array([[1, 2, 255]], dtype=np.uint8))
     {'shape': [1, 3], 'dtype': 'uint8', 'base64': 'AQL/'}
@@ -198,7 +206,7 @@ def encode_array(array) -> dict[str, Any]:
 
 
 def decode_array(value: dict[str, Any]):
-    """Return the NumPy array that ``encode_array`` encoded; ValueError when it is malformed."""
+    """Return the NumPy array that `encode_array` encoded; raise ValueError for any other value."""
     import numpy as np
 
     try:
@@ -217,9 +225,9 @@ def save(
 ) -> Path:
     """Write a record atomically and return its path.
 
-    An empty ``environment`` is filled in. Numbers of the history are rounded to 6 significant
+    An empty ``environment`` is filled in. Numbers in the history are rounded to 6 significant
     digits. Raises ValueError, naming the key, for a value that is not finite or not JSON, and
-    RecordError when the record exists (unless ``overwrite``) or the folder cannot be written.
+    RecordError if the record exists (unless ``overwrite``) or the folder cannot be written.
     """
     path = record_path(record.experiment, record.variant, record.seed, record.scale, root)
     if not record.environment:
@@ -239,7 +247,7 @@ def save(
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file; whoever reads it, and whenever, finds the old one or the new one."""
+    """Write a text file atomically: a reader finds the whole old text or the whole new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # as in `parts_of`
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -252,12 +260,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return what processes that write this file, or were killed at it, have written so far."""
+    """Return the unfinished files of processes that are writing ``path`` or were killed at it."""
     return sorted(path.parent.glob(f".{path.name}.*.part"))
 
 
 def _dumps(record: Record) -> str:
-    """Return the record as JSON: dicts one key a line, the history one column a line."""
+    """Return the record as JSON, one line per key of a dict and per column of the history."""
     lines = []
     for key in (f.name for f in fields(Record)):
         value = getattr(record, key)
@@ -275,7 +283,10 @@ def _dumps(record: Record) -> str:
 
 
 def checksum(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a record's keys and values, whatever their order and layout."""
+    """Return the SHA-256 of a record's keys and values, in whatever order and layout.
+
+    The key ``checksum`` itself does not count.
+    """
     others = {key: part for key, part in value.items() if key != "checksum"}
     return hashlib.sha256(_compact(others).encode()).hexdigest()
 
@@ -285,7 +296,7 @@ def _compact(value: Any) -> str:
 
 
 def _plain(value: Any, key: str) -> Any:
-    """Return ``value`` as plain JSON values; ``key`` is its name in an error."""
+    """Return ``value`` as plain JSON values; ``key`` names it in an error."""
     if isinstance(value, dict):
         bad = [k for k in value if not isinstance(k, str)]
         if bad:
@@ -305,7 +316,7 @@ def _plain(value: Any, key: str) -> Any:
 
 
 def _columns(history: list[dict[str, Any]]) -> dict[str, list]:
-    """Turn rows into columns, which are a third of the size; a value that is absent is null."""
+    """Turn rows into columns, which take a third of the space; a missing value becomes null."""
     rows = [_plain(row, f"history[{i}]") for i, row in enumerate(history)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [_six_digits(row.get(name)) for row in rows] for name in names}
@@ -319,9 +330,10 @@ def _six_digits(value: Any) -> Any:
 
 
 def read(path: str | os.PathLike) -> Record:
-    """Read one record; a damaged file is moved aside to NAME.json.corrupt, with a RecordError.
+    """Read one record.
 
-    A record of a later format is refused too, and left where it is.
+    Raises RecordError for a damaged file, which is moved aside to NAME.json.corrupt, and for a
+    record of a later format, which stays where it is; and OSError for an unreadable file.
     """
     path = Path(path)
     try:
@@ -345,7 +357,7 @@ def _move_aside(path: Path) -> str:
 
 
 def parse(text: str) -> Record:
-    """Return the record in the text of a file; a ValueError says what is wrong with it."""
+    """Return the record in the text of a file; raise ValueError, saying what is wrong with it."""
     try:
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:
@@ -380,7 +392,7 @@ def _finite(text: str) -> float:
 
 
 def _check_type(name: str, value: Any) -> None:
-    """Raise a ValueError unless ``value`` is of the type that the record's key ``name`` has."""
+    """Raise ValueError unless ``value`` has the type that belongs to the record's key ``name``."""
     types = {
         "format": int, "seed": int, "seconds": (int, float, type(None)),
         "shortened": (str, type(None)), "started": (str, type(None)),
@@ -414,8 +426,9 @@ def read_all(
 ) -> Iterator[Record]:
     """Yield all records, or those of one experiment, by experiment, scale, variant and seed.
 
-    A file that cannot be read, damaged or not, raises its error (see `read`); with ``on_error``
-    that is called with the error instead, and the other records are yielded all the same.
+    A file that cannot be read raises RecordError or OSError (see `read`); ``on_error``, if given,
+    is called with that error instead, and the other records are still yielded. Raises ValueError,
+    listing the known ones, for an experiment without records.
     """
     known = experiments(root)
     if experiment is not None and experiment not in known:
@@ -442,11 +455,11 @@ def _read_each(paths: Iterable[Path], on_error: Callable | None) -> Iterator[Rec
 
 
 def load(experiment: str | None = None, root: str | os.PathLike | None = None):
-    """Return the records as a pandas DataFrame, one row a run.
+    """Return the records as a pandas DataFrame, one row per run.
 
     Columns: experiment, variant, seed, scale, shortened, dataset, device, seconds, commit, then
-    ``recipe.X`` and ``metrics.Y``. Without any record the frame is empty and has the first nine.
-    An unknown experiment raises a ValueError that lists the known ones.
+    ``recipe.X`` and ``metrics.Y``. Without records the frame is empty and has the first nine.
+    Raises ValueError, listing the known ones, for an experiment without records.
     """
     import pandas as pd
 
@@ -460,9 +473,10 @@ def load(experiment: str | None = None, root: str | os.PathLike | None = None):
 
 
 def histories(experiment: str | None = None, root: str | os.PathLike | None = None):
-    """Return the histories as a tidy pandas DataFrame, one row an epoch of a run.
+    """Return the histories as a tidy pandas DataFrame, one row per epoch of a run.
 
-    Columns: experiment, variant, seed, scale, then those of the history.
+    Columns: experiment, variant, seed, scale, then those of the history. Raises ValueError as
+    `load` does.
     """
     import pandas as pd
 

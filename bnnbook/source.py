@@ -1,4 +1,4 @@
-"""The library's own text, shown in a chapter, so that nothing is typed twice."""
+"""The library's own source, shown in a chapter, so that no code is written twice."""
 
 import ast
 import inspect
@@ -9,18 +9,18 @@ from pathlib import Path
 def show(*objects) -> None:
     """Display functions or classes as highlighted code in a notebook, without their docstrings.
 
-    The chapter says beside it what a docstring would; the docstrings are in the library.
+    The chapter explains them in its own words; the docstrings are in the library.
     """
     from IPython.display import Markdown, display
 
-    plain = [inspect.unwrap(each) for each in objects]  # a decorator lives in another file
+    plain = [inspect.unwrap(each) for each in objects]  # a decorator may be from another file
     files = dict.fromkeys(Path(inspect.getsourcefile(each)).name for each in plain)
     text = "\n\n\n".join(without_docstrings(inspect.getsource(each)) for each in objects)
     display(Markdown(f"```python\n# {', '.join(files)}\n{text}\n```"))
 
 
 def without_docstrings(source: str) -> str:
-    r"""Return the source of a function or class without docstrings and layout marks.
+    r"""Return the source of a function or class without docstrings and ``# fmt: skip`` marks.
 
     >>> print(without_docstrings('def f(x):\n    "Return x."\n    return x\n'))
     def f(x):

@@ -1,4 +1,4 @@
-"""One loop: train, evaluate, checkpoint, resume. The images stay on the device as uint8."""
+"""The training loop: train, evaluate, checkpoint and resume, with uint8 images on the device."""
 
 import contextlib
 import hashlib
@@ -24,20 +24,21 @@ from bnnbook import checkpoints, graphs
 from bnnbook.data import Dataset, unit_range
 from bnnbook.layers import BinaryLayer
 
-CHECK_EVERY = 64  # steps between two looks at the losses on a CPU; elsewhere it is once an epoch
-FUNCTIONS = ("loss", "augment", "preprocess", "test_model")  # which train takes
-SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # beside the progress bar
-MOST_OFF = 0.01  # of the gradient's length, by which a replayed step may differ: it rounds alike
-CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is told otherwise
+CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
+FUNCTIONS = ("loss", "augment", "preprocess", "test_model")  # arguments of `train`
+SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # on the progress bar
+# By how much a replayed gradient may differ, relative to its norm: a replay rounds as a step does.
+MOST_OFF = 0.01
+CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is given another number
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number; the message names epoch and step."""
+    """The loss became infinite or NaN; the message names the epoch and the step."""
 
 
 @dataclass
 class History:
-    """What a training run measured: ``rows`` holds a dict an epoch, ``frame`` the same as a table.
+    """What a training run measured: ``rows`` has one dict per epoch, ``frame`` is their table.
 
     Columns: epoch (from 1), train_loss and train_accuracy (over the epoch, in training mode),
     validation_accuracy (with a validation set), test_accuracy, lr, the probes' columns, seconds.
@@ -48,13 +49,16 @@ class History:
 
     @property
     def frame(self):
-        """The history as a pandas DataFrame, one row an epoch."""
+        """The history as a pandas DataFrame, one row per epoch."""
         import pandas
 
         return pandas.DataFrame(self.rows)
 
     def best(self) -> dict:
-        """Return the epoch with the best validation accuracy, of equals the later one."""
+        """Return the row of the best validation accuracy; of several equal ones, the last.
+
+        Raises ValueError for a run without a validation set.
+        """
         rows = [row for row in self.rows if "validation_accuracy" in row]
         if not rows:
             raise ValueError("no validation accuracy: train on data.hold_out(n)")
@@ -62,9 +66,9 @@ class History:
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """Return the device to use: the one named, else CUDA if there is any, else the CPU.
+    """Return the named device; for None and "auto", CUDA if available, else the CPU.
 
-    Raises ValueError for an unknown name and for CUDA where there is none.
+    Raises ValueError for an unknown name and for a GPU that torch does not find.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +85,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the type to autocast to: bfloat16 where the GPU has it, else float16; CPU: None."""
+    """Return autocast's dtype: bfloat16 on a GPU that supports it, else float16; None on a CPU."""
     if device.type != "cuda":
         return None
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -89,7 +93,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def precision(device: torch.device) -> str:
-    """Return the name of the type that training computes in on a device.
+    """Return the name of the dtype that training computes in on a device.
 
     >>> precision(torch.device("cpu"))
     'float32'
@@ -105,15 +109,17 @@ def _autocast(device: torch.device, enabled: bool = True):
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
             batch_size: int = 1000) -> Tensor:  # fmt: skip
-    """Return the model's outputs in evaluation mode, computed without autocast, (N, classes).
+    """Return the model's outputs, of shape (N, classes), in evaluation mode and without autocast.
 
-    On CUDA torch lets convolutions round their float32 inputs to TF32, which ±1 survive exactly;
-    ``torch.backends.cudnn.allow_tf32 = False`` forbids it.
+    On CUDA, torch lets convolutions round their float32 inputs to TF32, which represents ±1
+    exactly; ``torch.backends.cudnn.allow_tf32 = False`` prevents this. Raises ValueError for
+    floating-point images if ``preprocess`` is the default, which is for uint8.
 
-    images: as in a `bnnbook.data.Dataset`, uint8 (N, C, H, W), unless ``preprocess`` takes others.
+    images: as in a `bnnbook.data.Dataset`, uint8 (N, C, H, W), or as ``preprocess`` takes them.
+    batch_size: images per forward pass.
     """
     if preprocess is unit_range and images.is_floating_point():
-        raise ValueError("images are uint8, from 0 to 255; for ones of real numbers name the "
+        raise ValueError("images are uint8, from 0 to 255; for floating-point images, pass the "
                          "preprocess that the model was trained with")  # fmt: skip
     device = _device_of(model)
     with _evaluation_mode(model):
@@ -123,7 +129,7 @@ def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_ran
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module):
-    """Put the model into evaluation mode, and each of its parts back into the mode it was in."""
+    """Put the model into evaluation mode; afterwards, give each module its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -134,9 +140,9 @@ def _evaluation_mode(model: nn.Module):
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Return the fraction of rows whose largest output is the label.
+    """Return the fraction of rows whose largest output is that of the label.
 
-    outputs: (N, classes), of two classes or more; another shape raises ValueError.
+    Raises ValueError for outputs of another shape than (N, classes), or of fewer than two classes.
 
     >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
     0.5
@@ -145,11 +151,11 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
 
 
 def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of rows whose largest output is the label."""
+    """Return the number of rows whose largest output is that of the label."""
     if outputs.dim() != 2 or outputs.shape[1] < 2:
         raise ValueError(
-            f"a network has one output a class, (N, classes), two classes or more; this one's are "
-            f"{tuple(outputs.shape)}"
+            f"a network has one output per class, of shape (N, classes) with two classes or more; "
+            f"this one's are {tuple(outputs.shape)}"
         )
     return (outputs.argmax(1) == labels).sum()
 
@@ -162,10 +168,13 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> flo
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_range,
                          batch_size: int = 1000) -> nn.Module:  # fmt: skip
-    """Collect batch-norm statistics anew by a clean pass over the images; returns the model.
+    """Collect the batch-norm statistics anew in one pass over the images; return the model.
 
-    Running statistics belong to the weights they were collected under. A network that is run with
-    other weights (real ones after stochastic training, say) needs new ones. Dropout stays off.
+    Running statistics belong to the weights under which they were collected. A network that is run
+    with other weights (real ones after stochastic training, say) needs new ones. In this pass only
+    the batch norms are in training mode, so dropout stays off.
+
+    images, preprocess, batch_size: as in `predict`.
     """
     device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -173,10 +182,10 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     with _evaluation_mode(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # torch: the plain average over all batches seen
+            norm.momentum = None  # which makes torch average over all batches
             norm.train()
         try:
-            # parts of equal size, because each counts the same
+            # parts of equal size (but for one image), because each counts the same
             for part in images.tensor_split(-(-len(images) // batch_size)):
                 model(preprocess(part.to(device)))
         finally:
@@ -193,38 +202,42 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
           graph: bool = False,
           checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float | None = None,
           progress: bool | None = None) -> History:  # fmt: skip
-    """Train the model in place and return its `History`, one row an epoch.
+    """Train the model in place and return its `History`, one row per epoch.
 
-    Each epoch is one permutation of the training images, fixed by ``seed`` and the epoch's number;
-    an incomplete last batch is dropped. A batch goes from uint8 through ``augment`` and
-    ``preprocess`` to the model, all on the device.
+    Each epoch goes through one permutation of the training images, which ``seed`` and the epoch's
+    number fix; an incomplete last batch is dropped. A batch goes from uint8 through ``augment``
+    and ``preprocess`` to the model, all on the device.
 
-    optimizers: one torch optimizer or several; each steps once a batch, without a closure.
-    schedulers: one torch scheduler or several; each steps once an epoch, without a measure.
+    optimizers: one torch optimizer or several; each steps once per batch, without a closure.
+    loss: a function of the outputs, in float32, and the labels.
+    schedulers: one torch scheduler or several; each steps once per epoch, without a metric.
     probes: one or several, see `bnnbook.probes`.
-    test_model: makes from the model the network that is evaluated after an epoch; default itself.
-    evaluate_every: evaluate after every so many epochs, and after the last.
-    device: "cpu", "cuda", "auto" for the best there is, or None for the model's own. Another one
-    than the model's raises ValueError.
-    autocast: on CUDA, compute in the type `autocast_dtype` chooses.
+    test_model: a function of the model that returns the network to evaluate; by default the model.
+    evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
+    device: "cpu", "cuda", "auto" (CUDA if available) or None for the model's own; it must be of
+    the same type as the model's.
+    autocast: on CUDA, compute in the dtype that `autocast_dtype` chooses.
     compile: use torch.compile.
     graph: on CUDA, record the forward and the backward pass once as a CUDA graph and replay it,
-    for steps too small to keep a GPU busy. The numbers are the same, but augment, preprocess, loss
-    and model must be made of tensor operations on the device: a number that Python draws for each
-    batch would be drawn once (a first replay is compared with a step, and refused). Step by step
-    as ever on a CPU, in float16, for steps that a probe looks into, for a model with other hooks
-    than such a probe's, for one of which an output that can be differentiated is still kept (a
-    warning says so), and where BNNBOOK_GRAPHS=0 is set.
-    checkpoint: a file. If it is there, the run continues from it, to the very same numbers (if
-    all randomness comes from torch's global generators, and on CUDA if the backward pass of no
-    layer adds in changing order, as that of overlapping max-pooling does); it is written every
-    ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on Ctrl-C after the
-    step in progress. A file of other data, another network or other settings is refused; functions
-    are known by their names and the numbers they were made with, not by their code.
-    progress: a bar; by default only on a terminal and on Colab.
+    for steps too small to keep a GPU busy. The results are the same, but ``augment``,
+    ``preprocess``, ``loss`` and the model must consist of tensor operations on the device: a
+    random number that Python draws for each batch would be drawn only once (such a graph is
+    refused, because its first replay is compared with an ordinary step). There is no graph on a
+    CPU, in float16, for steps that a probe looks into, for a model with hooks other than such a
+    probe's, if at the start an earlier output of the model is still kept with its autograd graph
+    (a warning says so), and where the environment has BNNBOOK_GRAPHS=0.
+    checkpoint: a file. If it exists, the run continues from it and gives exactly the same numbers,
+    provided that all randomness comes from torch's global generators and that, on CUDA, no
+    layer's backward pass adds in varying order, as that of overlapping max-pooling does. The file
+    is written every ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on
+    Ctrl-C or SIGTERM after the step in progress. A file of other data, another network or other
+    settings is refused; functions are compared by name and by the values they were made with, not
+    by their code.
+    progress: show a progress bar; by default only on a terminal and on Colab.
 
-    Raises NonFiniteLossError, checkpoints.CheckpointError, graphs.GraphError, and ValueError for
-    arguments that make no sense.
+    Raises NonFiniteLossError if the loss becomes infinite or NaN, checkpoints.CheckpointError for
+    a checkpoint that is damaged or of another run, graphs.GraphError for a step that cannot be
+    recorded, ValueError for unsuitable arguments, and KeyboardInterrupt on Ctrl-C.
     """
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
@@ -249,12 +262,12 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
             run.save_when_due()
         bar.update(epochs - bar.n)
         run.save_if_possible()
-        run.save_when_due()  # Ctrl-C meanwhile: other trainings of the same run do not begin
+        run.save_when_due()  # after Ctrl-C in the meantime, raise: nothing else shall begin
     return History(run.rows)
 
 
 def train_epoch(run: "_Run") -> None:
-    """Go through the rest of the run's current epoch, step by step."""
+    """Run the remaining steps of the run's current epoch."""
     run.model.train()
     order = epoch_order(len(run.labels), run.seed, run.epoch).to(run.device)
     while run.step < run.steps:
@@ -264,7 +277,7 @@ def train_epoch(run: "_Run") -> None:
 
 
 def train_step(run: "_Run", index: Tensor) -> None:
-    """Do one step on the images at index. Losses and hits stay on the device."""
+    """Take one step on the training images at ``index``; loss and hits stay on the device."""
     value, hits = run.gradients(index)
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
@@ -277,7 +290,7 @@ def train_step(run: "_Run", index: Tensor) -> None:
 
 
 class _GraphedGradients:
-    """What `_Run.passes` does, replayed as a CUDA graph."""
+    """`_Run.passes`, replayed as a CUDA graph."""
 
     def __init__(self, run: "_Run"):
         self.index = torch.arange(run.batch_size, device=run.device)
@@ -289,13 +302,13 @@ class _GraphedGradients:
         self.check(run)
 
     def step(self, run: "_Run", index: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute gradients into new tensors; the graph keeps those of its recording."""
+        """Compute the gradients into new tensors; the graph keeps those of its recording."""
         for parameter in self.parameters:
             parameter.grad = None
         return run.passes(index)
 
     def check(self, run: "_Run") -> None:
-        """Raise GraphError if on other images a replay computes other gradients than a step."""
+        """Raise GraphError if a replay on other images differs from an ordinary step on them."""
         index = (self.index + run.batch_size) % len(run.labels)
         with _undone(run):
             self.step(run, index)
@@ -306,9 +319,9 @@ class _GraphedGradients:
         off = sum((a - b).float().norm() ** 2 for a, b in zip(stepped, replayed, strict=True))
         if off > MOST_OFF**2 * sum(a.float().norm() ** 2 for a in stepped):
             raise graphs.GraphError(
-                "replayed as a CUDA graph the step has other gradients. Does augment, preprocess, "
-                "the loss or the model use a number that Python draws or counts? Then it takes "
-                "graph=False"
+                "replayed as a CUDA graph, the step gives other gradients. If augment, "
+                "preprocess, the loss or the model uses a number that Python draws or counts, "
+                "train with graph=False"
             )
         for parameter in self.parameters:
             parameter.grad = None
@@ -317,12 +330,12 @@ class _GraphedGradients:
         self.index.copy_(index)
         outputs = self.graph()
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            parameter.grad = grad  # which the optimizer's zero_grad took off
+            parameter.grad = grad  # zero_grad has set it to None
         return outputs
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """Return the permutation of n training images for this seed and epoch, the same everywhere.
+    """Return the permutation of ``n`` training images for ``seed`` and ``epoch``: always the same.
 
     >>> torch.equal(epoch_order(9, seed=1, epoch=4), epoch_order(9, seed=1, epoch=4))
     True
@@ -332,9 +345,10 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def to_channels_last(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-    """Lay out 4-D parameters channels last; `torch.nn.Module.to` refuses 5-D ones.
+    """Convert the model's 4-D parameters, and the optimizers' buffers for them, to channels last.
 
-    So are the optimizers' buffers of them: torch's fused rules take their layouts to be the same.
+    The buffers must follow, because torch's fused optimizers assume that a parameter and its
+    buffers have the same layout. `torch.nn.Module.to` would refuse a model with 5-D parameters.
     """
     for parameter in model.parameters():
         if parameter.dim() == 4:
@@ -374,7 +388,7 @@ class _Run:
         self.epoch = self.step = 0
         self.rows: list[dict] = []
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)  # what an earlier loop left behind
+            optimizer.zero_grad(set_to_none=True)  # left behind by an earlier loop
         self.started = self.saved = time.monotonic()
         for probe in self.probes:
             probe.start(model)
@@ -384,14 +398,14 @@ class _Run:
         self.settings = self.current_settings() if checkpoint else {}
 
     def record_graph(self) -> None:
-        """Make a CUDA graph of the passes, if that is asked for and possible."""
+        """Record the passes as a CUDA graph, if that is asked for and possible."""
         asked = self.graph and graphs.is_wanted(self.device)
         known = sum(len(getattr(probe, "handles", ())) for probe in self.lookers)
         if not asked or self.scaler.is_enabled() or graphs.count_hooks(self.model) > known:
             return
         if graphs.is_held(self.model):
-            warnings.warn("a result of this network from before, such as a loss, is still kept: "
-                          "with it steps cannot be recorded as a CUDA graph, and run one by one",
+            warnings.warn("an earlier result of this network, such as a loss, is still kept, so "
+                          "its steps cannot be recorded as a CUDA graph and run one by one",
                           stacklevel=3)  # fmt: skip
             return
         self.model.train()
@@ -399,13 +413,13 @@ class _Run:
             self.replay = _GraphedGradients(self)
 
     def gradients(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients on the images at index; return the loss and the hits."""
+        """Compute the gradients on the images at ``index``; return the loss and the hits."""
         if self.replay is None or any(probe.looking for probe in self.lookers):
             return self.passes(index)
         return self.replay(index)
 
     def passes(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Do the forward and the backward pass on the images at index: the loss, and the hits."""
+        """Run the forward and backward pass on the images at ``index``; return loss and hits."""
         images, targets = self.batch(index), self.labels[index]
         with _autocast(self.device, self.autocast):
             outputs = self.forward(images)
@@ -414,7 +428,7 @@ class _Run:
         return value.detach(), _hits(outputs, targets)
 
     def batch(self, index: Tensor) -> Tensor:
-        """Return the training images at index as the model takes them."""
+        """Return the training images at ``index`` as the model takes them."""
         images = self.data.train_images[index]
         images = self.preprocess(self.augment(images) if self.augment else images)
         if self.channels_last:
@@ -422,17 +436,17 @@ class _Run:
         return images
 
     def after_step(self) -> None:
-        """Look at the losses now and then, and at whether a checkpoint is due."""
+        """Check the losses from time to time, and save or stop when that is due."""
         if self.step == 1 and self.epoch == 0:
             _check_binary(self.model)
-        is_cpu = self.device.type == "cpu"  # an accelerator would have to be waited for
+        is_cpu = self.device.type == "cpu"  # on a GPU, a check has to wait for the device
         if self.step == self.steps or (is_cpu and self.step % CHECK_EVERY == 0):
             self.check_losses()
-        if self.step < self.steps:  # after the last one the epoch is ended first
+        if self.step < self.steps:  # after the last step, the epoch is ended first
             self.save_when_due()
 
     def save_when_due(self) -> None:
-        """Write a checkpoint and stop, if that was asked for; or write one because it is time."""
+        """Save when it is time; after Ctrl-C, save and raise KeyboardInterrupt."""
         if self.stop is not None:
             self.check_losses()
             self.save()
@@ -444,7 +458,7 @@ class _Run:
             self.save_if_possible()
 
     def check_losses(self) -> None:
-        """Raise if a loss of this epoch is not finite."""
+        """Raise NonFiniteLossError if a loss of this epoch is not finite."""
         bad = (~self.losses[: self.step].isfinite()).nonzero()
         if len(bad):
             step = bad[0].item()
@@ -479,7 +493,7 @@ class _Run:
         self.hits.zero_()
 
     def is_evaluated(self) -> bool:
-        """Return whether the current epoch is one to evaluate after."""
+        """Return whether the network is evaluated after the current epoch."""
         return (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.epochs
 
     def accuracies(self) -> dict[str, float]:
@@ -495,11 +509,11 @@ class _Run:
         }
 
     def summary(self) -> dict[str, str]:
-        """Return the last row in short, for the progress bar."""
+        """Return the `SHOWN` columns of the last row, formatted for the progress bar."""
         return {k: f"{v:.4f}" for k, v in self.rows[-1].items() if k in SHOWN}
 
     def identity(self) -> dict:
-        """Return what must agree for a checkpoint to continue this run."""
+        """Return what must be the same in a checkpoint for it to continue this run."""
         labels = self.labels.cpu().numpy().tobytes()
         is_module = isinstance(self.loss, nn.Module)
         return {
@@ -525,7 +539,7 @@ class _Run:
         }
 
     def current_settings(self) -> dict[str, object]:
-        """Return the numbers that functions, optimizers and schedulers are set to, by name."""
+        """Return the settings of the functions, optimizers and schedulers, by name."""
         functions = {name: getattr(self, name) for name in FUNCTIONS}
         return checkpoints.settings(self.model, functions, optimizers=self.optimizers,
                                     schedulers=self.schedulers)  # fmt: skip
@@ -557,7 +571,7 @@ class _Run:
         self.saved = time.monotonic()
 
     def save_if_possible(self) -> None:
-        """Write a checkpoint; a full disk costs no more than the checkpoint."""
+        """Write a checkpoint; if that fails, as on a full disk, warn and let the run go on."""
         try:
             self.save()
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
@@ -574,7 +588,8 @@ class _Run:
         checkpoints.compare(self.checkpoint, self.identity(), state["identity"])
         there = state.get("settings", {})
         here = {name: self.settings.get(name, value) for name, value in there.items()}
-        checkpoints.compare(self.checkpoint, here, there)  # another torch may have more settings
+        # only the names that both have, because another torch may have more settings
+        checkpoints.compare(self.checkpoint, here, there)
         for name, parts in self.parts().items():
             for part, saved in zip(parts, state[name], strict=True):
                 part.load_state_dict(saved)
@@ -588,7 +603,7 @@ class _Run:
 
 
 def _check_binary(model: nn.Module) -> None:
-    """Raise if weights without a quantizer are not ±1 any more: results would not be binary."""
+    """Raise ValueError if weights without a quantizer are not ±1: results would not be binary."""
     for name, layer in model.named_modules():
         is_binary = isinstance(layer, BinaryLayer) and layer.weight_quantizer is None
         if is_binary and not (layer.weight.abs() == 1).all():
@@ -603,6 +618,7 @@ def _as_tuple(parts) -> tuple:
 
 
 def _validate(data, optimizers, epochs, every, batch_size, model, device) -> None:
+    """Raise ValueError for numbers, optimizers or a device that `train` cannot use."""
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     if every < 1:
@@ -623,32 +639,32 @@ def _validate(data, optimizers, epochs, every, batch_size, model, device) -> Non
 
 
 def _check_steps(parts: Iterable) -> None:
-    """Raise for an optimizer or a scheduler whose step asks for more than this loop gives."""
+    """Raise ValueError for an optimizer or scheduler whose step needs more than `train` gives."""
     for part in parts:
         _, *parameters = inspect.signature(type(part).step).parameters.values()  # after self
         for each in parameters:
             if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD:
                 raise ValueError(
                     f"{type(part).__name__}.step needs its {each.name}, which train does not give "
-                    "it: take another, or a loop of your own"
+                    "it: use another one, or a loop of your own"
                 )
 
 
 def _check_not_latent(optimizers, model: nn.Module) -> None:
-    """Raise if a rule that flips ±1 holds latent weights, which it would overwrite by signs."""
+    """Raise ValueError if an optimizer that flips ±1 holds latent weights, to overwrite them."""
     flipped = {id(p) for o in optimizers if getattr(o, "binary", False)
                for group in o.param_groups for p in group["params"]}  # fmt: skip
     for name, layer in model.named_modules():
         latent = isinstance(layer, BinaryLayer) and layer.weight_quantizer is not None
         if latent and id(layer.weight) in flipped:
             raise ValueError(
-                f"{name}.weight is latent, for its layer has a weight_quantizer; Bop and "
+                f"{name}.weight is latent: its layer has a weight_quantizer; Bop and "
                 "CascadedEMA are for layers with weight_quantizer=None"
             )
 
 
 def _check_held(optimizers, model, loss) -> None:
-    """Raise if an optimizer holds nothing that is trained here."""
+    """Raise ValueError if an optimizer holds no parameter of the model or the loss."""
     modules = [part for part in (model, loss) if isinstance(part, nn.Module)]
     ours = {id(parameter) for module in modules for parameter in module.parameters()}
     for optimizer in optimizers:
@@ -679,7 +695,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def _undone(run: _Run):
-    """Take back what passes change besides gradients: buffers and random numbers."""
+    """Undo what the passes change besides gradients: buffers and the random generators."""
     modules = [part for part in (run.model, run.loss) if isinstance(part, nn.Module)]
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     devices = [run.device] if run.device.type == "cuda" else []
@@ -694,7 +710,7 @@ def _undone(run: _Run):
 
 @contextlib.contextmanager
 def _looking_away(probes: Sequence):
-    """Let the hooks of probes that look into some steps only do nothing."""
+    """Switch off the hooks of those probes that look into some steps only."""
     before = [probe.looking for probe in probes]
     for probe in probes:
         probe.looking = False
@@ -707,7 +723,7 @@ def _looking_away(probes: Sequence):
 
 @contextlib.contextmanager
 def _stop_signals(run: _Run):
-    """With a checkpoint, let Ctrl-C and SIGTERM finish the step in progress first."""
+    """With a checkpoint, make Ctrl-C and SIGTERM wait for the step in progress."""
     if not run.checkpoint or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -727,7 +743,7 @@ def _stop_signals(run: _Run):
 
 @contextlib.contextmanager
 def _hooks_off_after(probes: Sequence):
-    """Take the probes' hooks off the model at the end, however it comes."""
+    """Remove the probes' hooks from the model at the end, even after an error."""
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ LONGEST_VALUE = 88  # characters of a constant's value that are shown
 
 @dataclass(frozen=True)
 class Name:
-    """A public name: as a user writes it, where it is defined, and by which statement."""
+    """A public name: as a user writes it, the module that defines it, and the statement."""
 
     path: str
     module: str
@@ -50,7 +50,7 @@ class Name:
 
     @property
     def object(self) -> object:
-        """The thing itself, also where a module has the same path."""
+        """The object itself, even where a module has the same path."""
         return pkgutil.resolve_name(":".join(self.path.rsplit(".", 1)))
 
 
@@ -79,9 +79,9 @@ def modules_in(package: str) -> tuple[str, ...]:
 
 @cache
 def public(module: str) -> tuple[Name, ...]:
-    """The public names that a module's own text defines, in its order.
+    """The public names that a module's own text defines, in order.
 
-    A name that stands in ``__all__`` of the package above is the package's: users import it there.
+    A name in the ``__all__`` of the package above belongs to the package: users import it there.
     """
     package = module.rpartition(".")[0]
     exported = _exported(package) if package else ()
@@ -142,7 +142,7 @@ def _documented(name: Name) -> str:
 
 
 def _constant(name: Name) -> str:
-    """A constant with its value, if that is short, and the comment that stands at it."""
+    """A constant with the comment at it, and its value if that is short."""
     module, _, short = name.path.rpartition(".")
     source = file_of(name.module).read_text(encoding="utf-8")
     value = " ".join(ast.unparse(name.node.value).split()) if name.node.value else ""
@@ -234,7 +234,7 @@ def _unquote_annotations(function: ast.FunctionDef) -> None:
 def list_arguments(app: Sphinx, what: str, name: str, thing, options, lines: list[str]) -> None:
     """Turn a docstring's lines ``argument: what it does`` into a definition list, in place.
 
-    The comments at the fields of a class join it.
+    For a class, the comments at its fields are appended.
     """
     if what in ("function", "method", "class"):
         lines[:] = with_argument_list(lines, set(inspect.signature(thing).parameters))
@@ -252,7 +252,7 @@ def commented_fields(thing: type) -> Iterator[tuple[str, str]]:
 
 
 def with_argument_list(lines: list[str], arguments: set[str]) -> list[str]:
-    """The lines of a docstring, those on its ``arguments`` as a definition list.
+    """The lines of a docstring, with those about ``arguments`` as a definition list.
 
     >>> with_argument_list(["Do.", "a, b: two", "numbers.", "", "c: no argument"], {"a", "b"})
     ['Do.', '', '``a``, ``b``', '    two', '    numbers.', '', 'c: no argument']
@@ -292,7 +292,7 @@ def commands_text() -> str:
 
 
 def _literals(text: str) -> str:
-    """Words that are typed, in backticks or options, as literals.
+    """Text with words in backticks, and options, as literals.
 
     >>> _literals("See `bnnbook list` and --runs.")
     'See ``bnnbook list`` and ``--runs``.'
@@ -349,7 +349,7 @@ def resolve(app: Sphinx, env, node: nodes.Element, content: nodes.Element):
 
 @cache
 def _is_foreign(name: str, module: str | None) -> bool:
-    """Whether another library has this name, or a module of ours knows its object by it."""
+    """Whether another library has this name, or a module of ours has imported it under it."""
     if name.partition(".")[0] == bnnbook.__name__:
         return False
     spaces = [f"{each}:" for each in (module, *modules_in(module))] if module else []

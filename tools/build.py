@@ -18,7 +18,7 @@ from typing import Any
 from tools import chapters, execution
 from tools.chapters import BookError, Chapter
 
-# Said at every start of a kernel, about a connection that never leaves this machine.
+# What every kernel says when it starts, about a connection that never leaves this machine.
 NOISE = re.compile(
     r"TCP without encryption|caught in kernel|ipykernel#|Debugger warning|frozen modules|PYDEVD"
     r"|PYTHON_FROZEN"
@@ -91,7 +91,7 @@ class Builder:
                 raise
 
     def one(self, chapter: Chapter) -> tuple[str, str]:
-        """Execute one chapter in a process of its own, in its own session: Ctrl-C comes to us."""
+        """Execute one chapter in its own process and session, so that Ctrl-C reaches only us."""
         job = {
             "root": str(self.root),
             "name": chapter.name,
@@ -156,9 +156,9 @@ class Builder:
 
 def check(root: Path, names: list[str]) -> int:
     """Name the chapters that are not fresh; execute nothing."""
-    late = [(c.name, chapters.state(c)[1]) for c in chapters.find(root, names)]
-    late = [(name, why) for name, why in late if why != "nothing changed"]
-    for name, why in late:
+    states = {chapter.name: chapters.state(chapter) for chapter in chapters.find(root, names)}
+    late = {name: why for name, (found, why) in states.items() if found != "fresh"}
+    for name, why in late.items():
         print(f"stale: {name} ({why}): run `make notebooks`")
     return 1 if late else 0
 
@@ -191,7 +191,7 @@ def _value(text: str) -> Any:
 
 
 def _cores() -> int:
-    """Cores that this process may use: in a container fewer than the machine has."""
+    """The cores that this process may use, in a container fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -210,14 +210,15 @@ def _folder(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m tools.chapters")
     command = main.add_subparsers(dest="command", required=True)
-    build = command.add_parser("build", help="execute what is not fresh")
+    build = command.add_parser("build", help="execute the chapters that are not fresh")
     build.add_argument("names", nargs="*", metavar="NAME", help="chapters (default: all)")
     build.add_argument("--force", action="store_true", help="execute fresh chapters too")
-    build.add_argument("--check", action="store_true", help="only name what is not fresh")
+    build.add_argument("--check", action="store_true", help="only name those that are not fresh")
     build.add_argument(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
-    )
-    build.add_argument("--output", type=_folder, metavar="DIR", help="instead of notebooks/")
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a parameter of the chapters; needs --output",
+    )  # fmt: skip
+    build.add_argument("--output", type=_folder, metavar="DIR", help="default: notebooks/")
     build.add_argument("--jobs", type=_count, default=_cores(), help="processes at once")
     build.add_argument("--root", type=_folder, default=chapters.ROOT, help=argparse.SUPPRESS)
     return main

@@ -1,8 +1,8 @@
 """From `book/*.md` to the executed `notebooks/*.ipynb`: `python -m tools.chapters build`.
 
 A chapter is executed again only when its key changes: the hash of its code cells, its parameters,
-the files of the library that it can reach and the locked versions of what draws and computes.
-When only its text changed, text and captions are renewed around the stored outputs.
+the library files that it can reach, and the locked versions of torch, NumPy and Matplotlib. When
+only its text has changed, text and captions are renewed around the stored outputs.
 """
 
 import ast
@@ -28,13 +28,13 @@ from tools.imports import parse, reached_files
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "bnnbook"
 VERSIONED = ("torch", "numpy", "matplotlib")
-# Other tags concern the page and the checks; a change of theirs needs no execution.
+# The other tags concern the page and the checks; changing one needs no execution.
 EXECUTION_TAGS = {"parameters", "nbval-ignore-output"}
 IMAGES = ("image/png", "image/jpeg")
 
 
 class BookError(Exception):
-    """Something that the author of a chapter has to mend; its text says what."""
+    """A fault that the author of a chapter has to mend; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def default_parameters(notebook: NotebookNode) -> dict[str, Any]:
 
 
 def check_parameters(chapter: Chapter, overrides: dict[str, Any]) -> dict[str, Any]:
-    """All parameters of the chapter, the overridden ones included; an unknown one is refused."""
+    """All parameters of the chapter with their values; raise BookError for an unknown override."""
     try:
         defaults = default_parameters(chapter.read())
     except (SyntaxError, ValueError) as error:
@@ -125,7 +125,7 @@ def check_parameters(chapter: Chapter, overrides: dict[str, Any]) -> dict[str, A
 
 
 def key(chapter: Chapter, overrides: dict[str, Any] | None = None) -> str:
-    """Hash of everything that the outputs of a chapter depend on."""
+    """The hash of everything that the outputs of a chapter depend on."""
     cells = code_cells(chapter.read())
     sources = [_normal_source(cell.source) for cell in cells]
     parts = {
@@ -166,7 +166,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _locked_versions(root: Path) -> dict[str, str]:
-    """Versions that the lock names: the same key on every machine that follows the lock."""
+    """The versions in the lock, so that all machines that follow it compute the same key."""
     lock = root / "requirements.lock"
     if not lock.is_file():
         return installed_versions()
@@ -175,7 +175,7 @@ def _locked_versions(root: Path) -> dict[str, str]:
 
 
 def check_versions(root: Path) -> None:
-    """Refuse to publish what other versions than the locked ones computed: the key would lie."""
+    """Raise BookError unless the locked versions are installed: the key would be wrong."""
     installed = installed_versions()
     for name, version in _locked_versions(root).items():
         if installed[name] != version:
@@ -186,7 +186,7 @@ def check_versions(root: Path) -> None:
 
 
 def installed_versions() -> dict[str, str]:
-    """What is installed here; a build's suffix such as `+cu128` says nothing about results."""
+    """The installed versions, without a build's suffix such as `+cu128`."""
     return {name: importlib.metadata.version(name).partition("+")[0] for name in VERSIONED}
 
 
@@ -221,7 +221,7 @@ def compose(text: NotebookNode, executed: NotebookNode, record: dict[str, Any]) 
 
 
 def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs with neighbouring pieces of one stream joined: where they broke was chance."""
+    """Outputs with adjacent pieces of a stream joined, because where it broke was chance."""
     merged: list[NotebookNode] = []
     for output in outputs:
         last = merged[-1] if merged else None
@@ -236,7 +236,7 @@ def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def _with_palette(encoded: str) -> str:
-    """A PNG with at most 256 colours where that is smaller; the eye sees no difference."""
+    """A PNG reduced to 256 colours, if that is smaller; the eye sees no difference."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(encoded)))
@@ -249,7 +249,7 @@ def _with_palette(encoded: str) -> str:
 
 
 def faults(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, str]]:
-    """Code cells whose outputs may not be published, each with the reason."""
+    """The code cells whose outputs must not be published, each with the reason."""
     for cell in code_cells(notebook):
         for output in cell.outputs:
             text = output_text(output)
@@ -258,11 +258,11 @@ def faults(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, str]]:
             elif output.get("name") == "stderr":
                 yield cell, f"output on stderr:\n{text}"
             elif address := re.search(r".*\bat 0x[0-9a-f]+.*", text):
-                yield cell, f"an object's address, another one every time: {address[0].strip()}"
+                yield cell, f"an object's address, which changes every time: {address[0].strip()}"
 
 
 def output_text(output: NotebookNode) -> str:
-    """Everything in an output that is text."""
+    """All the text in an output."""
     data = output.get("data", {})
     parts = [str(value) for kind, value in sorted(data.items()) if kind not in IMAGES]
     return "\n".join([output.get("text", ""), *parts]).strip("\n")
@@ -282,7 +282,7 @@ def where(chapter: Chapter, cell: NotebookNode) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that at every moment `path` is wholly the old one or wholly the new one."""
+    """Write a file atomically: at any moment `path` is the whole old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -302,7 +302,7 @@ def write_atomically(path: Path, text: str) -> None:
 def state(
     chapter: Chapter, folder: Path | None = None, overrides: dict[str, Any] | None = None
 ) -> tuple[str, str]:
-    """("fresh" | "text" | "stale", why): nothing to do, only the text to renew, or to execute."""
+    """("fresh", "text" or "stale", and why): nothing to do, text to renew, or to execute."""
     path = chapter.notebook(folder)
     expected = key(chapter, overrides)
     if not path.is_file():
@@ -326,7 +326,7 @@ def state(
 def renewed(chapter: Chapter, stored: NotebookNode) -> str:
     """The notebook file with today's text around the stored outputs."""
     text = chapter.read()
-    # Equal keys allow for blanks at line ends; outputs belong to the same cells all the same.
+    # With equal keys, sources differ at most in trailing blanks: the outputs still belong to them.
     for cell, old in zip(code_cells(text), code_cells(stored), strict=True):
         old.source = cell.source
     return compose(text, stored, dict(stored.metadata["bnnbook"]))
@@ -357,6 +357,6 @@ if __name__ == "__main__":
 
     from tools.build import main
 
-    # As Ctrl-C does it: an exception, on whose way out the chapters' processes are ended.
+    # Like Ctrl-C: an exception, so that the chapters' processes are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The built site against what it promises: `python -m tools.check_site [_build/html]`.
+"""Check the built site against its promises: `python -m tools.check_site [_build/html]`.
 
 Each check takes a `Site` and yields one sentence for each problem, with the page's path in front.
 """
@@ -40,7 +40,7 @@ RESOURCES = {
 CSS_ADDRESS = re.compile(r"""(?:@import\s+|url\(\s*)["']?([^"'()\s;]+)""")
 CSS_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 FILE_NAME = re.compile(r"\.(png|jpe?g|svg|gif|webp)$|^_images|[0-9a-f]{20}", re.IGNORECASE)
-# MyST that nobody resolved shows as its own source.
+# Unresolved MyST markup shows as its own source.
 ROLES = "glue|eq|cite|numref|ref|doc|term|prf|math|code"
 LEFTOVER = re.compile(rf"\{{({ROLES})[:}}][\w:}}]*|undefined label")
 
@@ -81,7 +81,7 @@ class Site:
         return {self.html / "notebooks" / f"{path.stem}.html": path for path in notebooks}
 
     def lines(self, file: Path, fragment: str) -> str:
-        """The first two lines that a fragment such as L3-L9 means in a file."""
+        """The first two lines that a fragment such as L3-L9 points to in a file."""
         if file not in self._texts:
             self._texts[file] = file.read_text(encoding="utf-8").splitlines()
         match = re.match(r"L(\d+)", fragment)
@@ -93,7 +93,7 @@ class Site:
         return path.relative_to(self.html).as_posix()
 
     def target(self, page: Path, address: str) -> Path:
-        """The file that a relative address on a page means."""
+        """The file that a relative address on a page points to."""
         path = unquote(urlsplit(address).path)
         target = (page.parent / path).resolve() if path else page
         return target / "index.html" if target.is_dir() else target
@@ -106,7 +106,7 @@ def is_outside(address: str) -> bool:
 
 
 def pages_exist(site: Site) -> Iterator[str]:
-    """The pages that the site cannot do without."""
+    """The pages that the site cannot do without are there."""
     if not site.pages:
         yield f"{site.html}: no page: build the site with `make book`"
         return
@@ -152,7 +152,7 @@ def style_sheets(site: Site) -> Iterator[str]:
     """No style sheet may load anything from the network."""
     for path in sorted(site.html.rglob("*.css")):
         for address in css_addresses(path.read_text(encoding="utf-8")):
-            # In a style sheet `url(#name)` and data: stay inside; only these leave.
+            # Only these leave the site; `url(#name)` and data: stay inside.
             if is_outside(address.removeprefix("url(")):
                 yield f"{site.name(path)}: loads {address} from the network"
 
@@ -197,7 +197,7 @@ def links(site: Site) -> Iterator[str]:
 
 
 def _refresh(page: BeautifulSoup) -> set[str]:
-    """Where a page forwards to by itself."""
+    """The addresses to which a page redirects."""
     tags = page.select("meta[content]")
     contents = [tag["content"] for tag in tags if tag.get("http-equiv", "").lower() == "refresh"]
     return {content.partition("url=")[2] for content in contents}
@@ -249,7 +249,7 @@ def source_links(site: Site) -> Iterator[str]:
 
 
 def entries(site: Site) -> Iterator[str]:
-    """Each entry of the reference leads to its source, and says something unless it is a value."""
+    """Each entry of the reference leads to its source and, but for constants, is described."""
     for path, page in site.pages.items():
         for entry in page.select("dl.py > dt[id]"):
             if not entry.select_one('a[href*="/blob/"]'):
@@ -340,7 +340,7 @@ def _is_of(row: dict[str, Tag], claim: dict, notebook: Path) -> bool:
 
 
 def _row_mistakes(row: dict[str, Tag], claim: dict) -> list[str]:
-    """The columns of a row that do not say what the claim says."""
+    """The columns of a row that differ from the claim."""
     wanted = {
         "paper": claim["paper"],
         "ours": claim["measured"]["text"],
@@ -352,7 +352,7 @@ def _row_mistakes(row: dict[str, Tag], claim: dict) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Text without what typography and markup change.
+    """Text without markup, and with plain quotation marks and dashes.
 
     >>> plain("`a`  “b” – *c*")
     'a "b" - c'

@@ -1,8 +1,8 @@
 """The claims of all executed chapters as tables: `python -m tools.claims_table [--check]`.
 
-README.md gets the headlines that pyproject.toml names under [tool.bnnbook] (all claims where it
-names none), book/what-holds.md all claims, book/intro.md how many there are of each verdict, each
-between two markers.
+README.md gets the headlines that pyproject.toml names under [tool.bnnbook] (all claims if it names
+none), book/what-holds.md all claims, and book/intro.md the number of claims with each verdict. On
+each page two markers enclose the table.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def _toc_files(path: Path) -> list[str]:
 
 
 def headlines(chapters: list[ChapterClaims], ids: list[str]) -> list[ChapterClaims]:
-    """The chapters with only the claims of these ids; an id that no chapter has is an error."""
+    """The chapters with only the claims of these ids; raise BookError for an unknown id."""
     known = [claim["id"] for chapter in chapters for claim in chapter.claims]
     if lost := [name for name in ids if name not in known]:
         raise BookError(f"pyproject.toml: no chapter claims {', '.join(map(repr, lost))}")
@@ -179,7 +179,7 @@ def inserted(path: Path, table: str) -> str:
 
 
 def outdated(root: Path = ROOT) -> dict[Path, str]:
-    """Files whose table is not what the notebooks say now, each with its right text."""
+    """The files whose table differs from the notebooks, each with its right text."""
     chapters = collect(root)
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     site = settings["project"]["urls"]["Homepage"]
@@ -196,7 +196,7 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.claims_table")
-    parser.add_argument("--check", action="store_true", help="only name tables out of date")
+    parser.add_argument("--check", action="store_true", help="only name what is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     try:

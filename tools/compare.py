@@ -1,4 +1,4 @@
-"""Freshly executed notebooks against the committed ones: `python -m tools.compare FRESH_DIR`.
+"""Compare fresh notebooks with the committed ones: `python -m tools.compare FRESH_DIR`.
 
 Facts must be equal to the letter, claims must keep their verdicts, and figures that depend on no
 training must look the same; of other figures only the number counts.
@@ -77,12 +77,12 @@ def _claim_differences(fresh: NotebookNode, committed: NotebookNode) -> Iterator
 
 
 def verdicts(notebook: NotebookNode) -> dict[str, str]:
-    """The verdicts in a notebook's outputs by the id of the claim."""
+    """The verdicts in a notebook's outputs, by the id of the claim."""
     return {claim["id"]: claim["verdict"] for claim in claims.from_notebook(notebook)}
 
 
 def rms(first: np.ndarray, second: np.ndarray) -> float:
-    """Root mean square difference of two pictures of one shape, 0 to 255."""
+    """The root mean square difference of two pictures of the same shape, 0 to 255."""
     return float(np.sqrt(np.mean((first.astype(float) - second.astype(float)) ** 2)))
 
 

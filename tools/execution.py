@@ -1,7 +1,7 @@
-"""One chapter executed in a process of its own: `python -m tools.execution '{...}'`.
+"""Execute one chapter in a process of its own: `python -m tools.execution '{...}'`.
 
 The process that builds the book (`tools.build`) starts this one and reads its events from its
-standard output, one JSON object a line. What the kernel's process says goes to standard error.
+standard output, one JSON object per line. The kernel's own output goes to standard error.
 """
 
 import json
@@ -27,7 +27,7 @@ def tell(event: str, **details: Any) -> None:
 
 
 def keep_events_apart() -> None:
-    """Give the kernel, which inherits file descriptors 1 and 2, no way into the events."""
+    """Keep the kernel, which inherits file descriptors 1 and 2, from writing among the events."""
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -116,14 +116,14 @@ def main() -> int:
 
 
 def environment(root: Path, published: bool) -> dict[str, str]:
-    """Environment of a chapter's process: what a reader has set must not change the results."""
+    """The environment of a chapter's process: a reader's own must not change the results."""
     import importlib.util
 
     matplotlib = Path(importlib.util.find_spec("matplotlib").origin).parent
     ours = {
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
         "PYTHONHASHSEED": "0",
-        # One thread: sums in one order; the other cores have the other chapters.
+        # One thread, so that sums keep their order; the other cores are for the other chapters.
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -133,7 +133,7 @@ def environment(root: Path, published: bool) -> dict[str, str]:
         "COLUMNS": "80",
     }
     if published:
-        # The published run is the small one: a CPU's, on every machine.
+        # The published run is the small one, on a CPU, whatever the machine.
         ours["CUDA_VISIBLE_DEVICES"] = ""
     # A reader's own records and data sets have no place in a published chapter.
     private = {"BNNBOOK_RESULTS", "BNNBOOK_DATA"} if published else set()

@@ -10,10 +10,10 @@ MAGIC = re.compile(r"^(\s*)[%!].*$", re.MULTILINE)
 
 
 def reached_files(sources: Iterable[str], root: Path, package: str) -> set[Path]:
-    """Files of `package` (a folder in `root`) that running `sources` can import.
+    """The files of `package` (a folder in `root`) that running `sources` can import.
 
-    Imports inside functions count: a chapter calls functions. What is imported by a computed
-    name is not seen.
+    Imports inside functions count, because a chapter calls functions. An import by a computed name
+    is not seen.
     """
     found: set[Path] = set()
     todo = {file for source in sources for file in _direct(source, root, package, "")}
@@ -21,7 +21,7 @@ def reached_files(sources: Iterable[str], root: Path, package: str) -> set[Path]
         file = todo.pop()
         found.add(file)
         module = ".".join(file.relative_to(root).with_suffix("").parts)
-        # A package's own name for relative imports is that of its folder.
+        # Relative imports start at the folder, for an __init__.py, too.
         parent = module.rpartition(".")[0]
         source = file.read_text(encoding="utf-8")
         try:

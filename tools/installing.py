@@ -1,4 +1,4 @@
-"""Reads what pip prints and lets through only what shows that it moves: `pip … | python -m …`."""
+"""Reduce what pip prints to signs of progress: `pip … | python -m tools.installing`."""
 
 import re
 import sys

@@ -1,6 +1,7 @@
-"""The site in _build/html from notebooks/ as they are: `python -m tools.website [--strict]`.
+"""Build the site from the notebooks as they are: `python -m tools.website [--strict]`.
 
-Nothing is executed. When none of the site's sources changed since the last build, nothing is done.
+It goes to _build/html. No notebook is executed, and nothing is done if none of the site's sources
+has changed since the last build.
 """
 
 import argparse
@@ -21,7 +22,7 @@ JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 
 
 def digest(root: Path) -> str:
-    """Hash of everything that the site is made from."""
+    """The hash of everything that the site is made from."""
     total = hashlib.sha256()
     for source in (root / name for name in SOURCES):
         files = [source] if source.is_file() else sorted(source.rglob("*"))
@@ -33,7 +34,7 @@ def digest(root: Path) -> str:
 
 
 def build(root: Path, strict: bool) -> int:
-    """Build what is out of date; with `strict` all of it, and every warning is an error."""
+    """Build what is out of date; with `strict`, build everything and take warnings as errors."""
     folder = root / "_build"
     stamp, sources = folder / ".sources", digest(root)
     if strict:
@@ -44,7 +45,7 @@ def build(root: Path, strict: bool) -> int:
             return 0
         stamp.unlink()
     options = ["-W", "--keep-going", "-n"] if strict else ["-q"]
-    # --all: a changed title or table of contents shows on every page.
+    # --all, because a changed title or table of contents shows on every page.
     command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(root), "--all", *options]
     code = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL).returncode
     if code == 0:
