@@ -1,4 +1,4 @@
-"""Measurements during the training of a binary network, taken on its device without host syncs.
+"""Measurements while a binary network trains, taken on its device with no host sync per step.
 
 A probe has ``start(model)``; ``step()``, called after each optimizer step; ``epoch()``, which
 returns the epoch's columns; and ``state_dict`` / ``load_state_dict``, so that a resumed run goes

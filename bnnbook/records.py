@@ -133,7 +133,7 @@ def environment(device=None) -> dict[str, Any]:
     """Return what a result may depend on: device, threads, versions, and the library's commit.
 
     ``dirty`` is True if the library's files, other than its records, differ from that commit; both
-    are None if the library does not lie in its own git checkout (see `git_state`).
+    come from `git_state` and are None if the commit is not known.
     """
     import numpy
     import torch

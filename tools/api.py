@@ -349,7 +349,7 @@ def resolve(app: Sphinx, env, node: nodes.Element, content: nodes.Element):
 
 @cache
 def _is_foreign(name: str, module: str | None) -> bool:
-    """Whether another library has this name, or a module of ours has imported it under it."""
+    """Whether another library has this name, or a module of ours imports an object under it."""
     if name.partition(".")[0] == bnnbook.__name__:
         return False
     spaces = [f"{each}:" for each in (module, *modules_in(module))] if module else []

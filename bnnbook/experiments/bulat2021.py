@@ -191,7 +191,7 @@ class Mixup:
 
 
 def rate_factor(recipe: Recipe, epochs: int) -> Callable[[int], float]:
-    """Return the learning rate's factor in each epoch of a stage, as a function of the epoch."""
+    """Return the learning rate's factor in a stage, as a function of its epoch, from 0."""
     warmup = round(recipe.warmup * epochs)
     falls = [round(share * epochs) for share in recipe.milestones]
 
@@ -324,7 +324,7 @@ def gate(variant: str = "softmax", *, seed: int = 0, scale: str = "small",
 
 def start(variant: str = "replicated", *, seed: int = 0, scale: str = "small",
           epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run experts that start as copies of a trained one, or are all there from the first stage.
+    """Run experts that start as copies of a trained one, or at random, all from the first stage.
 
     ``epochs`` and ``run`` as in `experts`. (Section 4.1.)
     """

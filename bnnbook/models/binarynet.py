@@ -22,9 +22,9 @@ def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
 
     Two 3 x 3 convolutions of each width, then fully connected layers; every weight is binary, and
     so is the input of every layer but the first. 2 x 2 max-pooling follows every second
-    convolution. Batch normalisation learns a shift and no gain (eps 0.001, momentum 0.01 in
-    torch's sense). Input (N, in_channels, image_size, image_size) with values in [-1, 1], output
-    (N, classes) for the cross entropy.
+    convolution; then, as after every layer, comes batch normalisation, which learns a shift and no
+    gain (eps 0.001, momentum 0.01 in torch's sense). Input (N, in_channels, image_size,
+    image_size) with values in [-1, 1], output (N, classes) for the cross entropy.
 
     - padding: of the first convolution. "valid", as in the released code, turns 32 x 32 pixels
       into 30 x 30; "same" gives BinaryConnect's 14 022 016 weights, as in the paper.

@@ -35,8 +35,9 @@ def summary(model: nn.Module, input_shape):
     sides.
 
     The model runs once on shapes alone (torch's meta device) and in evaluation mode, so its
-    weights, statistics and mode stay as they are and no random numbers are drawn; forward hooks of
-    its modules are called once. Raises ValueError for a shape that the model does not accept.
+    weights, statistics and mode stay as they are, and so do torch's random generators; forward
+    hooks of its modules are called once. Raises ValueError for a shape that the model does not
+    accept.
 
     >>> table = summary(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (4,))
     >>> table.loc["total", ["parameters", "bits", "macs", "bops"]].tolist()
