@@ -94,8 +94,11 @@ def scorecard(chapters: list[ChapterClaims]) -> str:
         for chapter in chapters
         if chapter.claims
     ]
-    header = ["Chapter", *map(_badge, claims.BADGE)]
-    return _table(header, [*rows, ["**All**", *_counts(chapters)]])
+    # in short, so that the table fits a phone
+    badges = [_badge(verdict, kind.replace("-", " ")) for verdict, kind in claims.BADGE.items()]
+    header = ["Chapter", *badges]
+    table = _table(header, [*rows, ["**All**", *_counts(chapters)]])
+    return f":::{{div}} bnnbook-counts\n\n{table}\n\n:::"
 
 
 def _counts(chapters: list[ChapterClaims]) -> list[int]:
@@ -103,8 +106,8 @@ def _counts(chapters: list[ChapterClaims]) -> list[int]:
     return [found[verdict] for verdict in claims.BADGE]
 
 
-def _badge(verdict: str) -> str:
-    return f'<span class="verdict {claims.BADGE[verdict]}">{verdict}</span>'
+def _badge(verdict: str, words: str | None = None) -> str:
+    return f'<span class="verdict {claims.BADGE[verdict]}">{words or verdict}</span>'
 
 
 def short_table(chapters: list[ChapterClaims], site: str) -> str:
