@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 NBVAL := --nbval-lax --nbval-current-env notebooks
 # The stored outputs are a CPU's, and from the shipped records.
-CPU := CUDA_VISIBLE_DEVICES= BNNBOOK_RESULTS=
+CPU := CUDA_VISIBLE_DEVICES= BNNBOOK_RESULTS= BNNBOOK_PRECISION=
 PORT ?= 8000
 
 help: ## list the targets

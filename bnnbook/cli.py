@@ -24,6 +24,11 @@ Results = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="Folder for the checkpoints of unfinished runs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16 (default: BNNBOOK_PRECISION, or auto: "
+                      "bfloat16 on a GPU that has it, float32 on a CPU)."),
+]  # fmt: skip
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,6 +80,7 @@ def run(
         int | None, typer.Option(help="Shorten the recipe to this; the record says so.")
     ] = None,
     device: Device = "auto",
+    precision: Precision = None,
     overwrite: Annotated[bool, typer.Option(help="Replace existing records.")] = False,
     data: Data = None,
     results: Results = None,
@@ -88,6 +94,7 @@ def run(
     from bnnbook import experiments, recording
 
     _use_data(data)
+    _use_precision(precision)
     _, variants, recipes = experiments.find(experiment)
     _check_known("variant", variant or (), variants)
     _check_known("scale", [scale], recipes)
@@ -115,6 +122,7 @@ def record(
     scale: Annotated[str, typer.Option(help="full, or small for a trial.")] = "full",
     jobs: Annotated[int, typer.Option(help="Runs at once, each in its own process.")] = 1,
     device: Device = "auto",
+    precision: Precision = None,
     show: Annotated[
         bool, typer.Option("--list", help="List the state of every run, and run nothing.")
     ] = False,
@@ -139,6 +147,7 @@ def record(
     from bnnbook import recording, records
 
     _use_data(data)
+    _use_precision(precision)
     if take is not None:
         if show or out is not None:
             raise ValueError("--import does nothing else: leave out --list and --out")
@@ -180,19 +189,18 @@ def _report(outcome) -> None:
 
 
 def _measured(device: str, folders) -> dict:
-    from bnnbook import recording, records, training
+    from bnnbook import recording
 
-    name = records.device_name(training.choose_device(device))
-    return recording.seconds_an_epoch(name, folders)
+    return recording.seconds_an_epoch(recording.conditions(device), folders)
 
 
 def _show_states(wanted, folders, runs: Path, device: str) -> None:
     """Print a line for each variant: the minutes per run, and the state of each seed."""
-    from bnnbook import recording, records, training
+    from bnnbook import recording
 
     measured = _measured(device, folders)
-    name = records.device_name(training.choose_device(device))
-    typer.echo(f"minutes per run on {name}; – if no run like it was recorded there")
+    name, precision = recording.conditions(device)
+    typer.echo(f"minutes per run on {name}, {precision}; – if no run like it was recorded there")
     lines: dict[tuple, list] = {}
     for job in wanted:
         lines.setdefault((job.experiment, job.variant), []).append(job)
@@ -281,6 +289,15 @@ def _check_known(what: str, names, known) -> None:
 def _use_data(folder: Path | None) -> None:
     if folder is not None:
         os.environ["BNNBOOK_DATA"] = str(folder)
+
+
+def _use_precision(name: str | None) -> None:
+    """Let this process, and those that it starts, compute in this precision."""
+    from bnnbook import training
+
+    if name is not None:
+        _check_known("precision", [name], training.PRECISIONS)
+        os.environ["BNNBOOK_PRECISION"] = name
 
 
 def main() -> None:

@@ -60,18 +60,28 @@ class Job:
         """The number of epochs that this run takes at most."""
         return self.epochs or self.recipe.epochs
 
+    @property
+    def file_name(self) -> str:
+        """The stem of the names of this run's files in the folder of unfinished runs."""
+        length = "" if self.epochs is None else f"-{self.epochs}epochs"
+        return f"{self.experiment}-{self.variant}-{self.scale}{length}-seed{self.seed}"
+
     def checkpoint(self, runs: Path, device: str = "auto") -> Path:
         """Return the file or folder in which the unfinished run is kept.
 
         Its name has the number of epochs, if that was shortened, because the learning rates follow
-        from it: another number is another run. So is a run on another kind of device, because that
-        computes in another precision.
+        from it: another number is another run. So is a run on another kind of device or in another
+        precision.
         """
-        length = "" if self.epochs is None else f"-{self.epochs}epochs"
-        kind = training.choose_device(device).type
-        where = "" if kind == "cpu" else f"-{kind}"
-        name = f"{self.experiment}-{self.variant}-{self.scale}{length}-seed{self.seed}{where}.pt"
-        return runs / name
+        return runs / f"{self.file_name}{_way_of_computing(device)}.pt"
+
+
+def _way_of_computing(device: str) -> str:
+    """Return what sets checkpoints apart from those of a CPU in float32: "-cuda", for example."""
+    chosen = training.choose_device(device)
+    kind = "" if chosen.type == "cpu" else f"-{chosen.type}"
+    precision = training.precision(chosen)
+    return kind if precision == training.usual_precision(chosen) else f"{kind}-{precision}"
 
 
 def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int] = SEEDS,
@@ -129,7 +139,7 @@ def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> Stat
     """Return how far a run is, by the records in ``folders`` and its checkpoint in ``runs``.
 
     A shortened record is as good as recorded if it has at least the epochs that the job asks for.
-    A checkpoint from another kind of device does not count.
+    A checkpoint from another kind of device, or in another precision, does not count.
     """
     found = [r for folder in folders if (r := read_record(job, folder)) is not None]
     lengths = [length_of(r) for r in found if r.shortened is not None]
@@ -181,16 +191,28 @@ def so_far(checkpoint: Path) -> tuple[int, float]:
         return 0, 0.0
 
 
-def seconds_an_epoch(device: str, folders: Iterable) -> dict[tuple[str, ...], float]:
-    """Return how many seconds an epoch took in the records made on a device.
+def conditions(device: str) -> tuple[str, str]:
+    """Return what a run's speed depends on: the name of the chosen device, and the precision."""
+    chosen = training.choose_device(device)
+    return records.device_name(chosen), training.precision(chosen)
 
-    The keys are (experiment, scale, variant); for variants without a record, (experiment, scale);
-    and for experiments without one, the settings that their recipe shares with another's (`LIKE`).
+
+def _made_in(record: Record) -> tuple[str | None, str]:
+    """Return the device and the precision of a record."""
+    return record.environment.get("device"), record.recipe.get("precision", "float32")
+
+
+def seconds_an_epoch(here: tuple[str, str], folders: Iterable) -> dict[tuple[str, ...], float]:
+    """Return how many seconds an epoch took in the records made on a device, in a precision.
+
+    ``here`` is such a pair, as from `conditions`. The keys are (experiment, scale, variant); for
+    variants without a record, (experiment, scale); and for experiments without one, the settings
+    that their recipe shares with another's (`LIKE`).
     """
     found: dict[tuple[str, ...], float] = {}
     for folder in folders:
         for record in records.read_all(root=folder):
-            if record.environment.get("device") == device:
+            if _made_in(record) == here:
                 _add_pace(found, record)
     return found
 
@@ -437,8 +459,7 @@ class _Crew:
     def learn(self, job: Job) -> None:
         """Use the pace of a finished run to estimate those to come."""
         record = read_record(job, self.results)
-        here = records.device_name(training.choose_device(self.device))
-        if record is not None and record.environment.get("device") == here:
+        if record is not None and _made_in(record) == conditions(self.device):
             _add_pace(self.measured, record)
 
     def tell(self, text: str) -> None:
@@ -508,15 +529,15 @@ def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -
 def lock(job: Job, runs: Path):
     """Hold the lock of a run, and yield whether it is ours; a process that dies releases it.
 
-    There is one lock for all devices, because their records would be the same file. Where there
-    are no such locks (Windows, some network file systems), it always counts as ours.
+    There is one lock for all devices and precisions, because their records would be the same file.
+    Where there are no such locks (Windows, some network file systems), it always counts as ours.
     """
     try:
         import fcntl
     except ImportError:
         yield True
         return
-    path = runs / f"{job.checkpoint(runs, 'cpu').name}.lock"
+    path = runs / f"{job.file_name}.pt.lock"
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

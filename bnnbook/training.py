@@ -29,6 +29,8 @@ FUNCTIONS = ("loss", "augment", "preprocess", "test_model")  # arguments of `tra
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # on the progress bar
 # By how much a replayed gradient may differ, relative to its norm: a replay rounds as a step does.
 MOST_OFF = 0.01
+# What BNNBOOK_PRECISION may name: autocast's dtype, None for none.
+PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is given another number
 
 
@@ -85,7 +87,23 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return autocast's dtype: bfloat16 on a GPU that supports it, else float16; None on a CPU."""
+    """Return the dtype that autocast computes in on a device; None stands for float32.
+
+    That is what the environment's BNNBOOK_PRECISION names, else the device's `usual_dtype`. Raises
+    ValueError for another name than those in `PRECISIONS`.
+    """
+    asked = os.environ.get("BNNBOOK_PRECISION") or "auto"
+    if asked not in PRECISIONS:
+        raise ValueError(f"unknown precision {asked!r}; known: {', '.join(PRECISIONS)}")
+    return usual_dtype(device) if asked == "auto" else PRECISIONS[asked]
+
+
+def usual_dtype(device: torch.device) -> torch.dtype | None:
+    """Return bfloat16 for a GPU that supports it, float16 for another one, None for a CPU.
+
+    A CPU stays with float32 although some (with AVX-512 BF16 or AMX) are faster in bfloat16: most
+    are not, and small-scale results should not depend on which one it is.
+    """
     if device.type != "cuda":
         return None
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -98,7 +116,16 @@ def precision(device: torch.device) -> str:
     >>> precision(torch.device("cpu"))
     'float32'
     """
-    return str(autocast_dtype(device) or torch.float32).removeprefix("torch.")
+    return _name_of(autocast_dtype(device))
+
+
+def usual_precision(device: torch.device) -> str:
+    """Return what `precision` returns where BNNBOOK_PRECISION names nothing else."""
+    return _name_of(usual_dtype(device))
+
+
+def _name_of(dtype: torch.dtype | None) -> str:
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def _autocast(device: torch.device, enabled: bool = True):
@@ -216,7 +243,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
     device: "cpu", "cuda", "auto" (CUDA if available) or None for the model's own; it must be of
     the same type as the model's.
-    autocast: on CUDA, compute in the dtype that `autocast_dtype` chooses.
+    autocast: compute in the dtype that `autocast_dtype` chooses: on a CPU usually float32.
     compile: use torch.compile.
     graph: on CUDA, record the forward and the backward pass once as a CUDA graph and replay it,
     for steps too small to keep a GPU busy. The results are the same, but ``augment``,

@@ -219,6 +219,27 @@ def test_run_takes_all_variants_and_several_seeds(tiny):
     assert {(r.variant, r.seed) for r in records.read_all(NAME)} == found | {("clipped", 9)}
 
 
+def test_run_and_record_take_a_precision(tiny, monkeypatch):
+    monkeypatch.setenv("BNNBOOK_PRECISION", "float32")  # which the options overrule
+    command = ("run", NAME, "--variant", "clipped", "--epochs", 1, "--device", "cpu")
+    invoke(*command, "--precision", "bfloat16")
+    assert os.environ["BNNBOOK_PRECISION"] == "bfloat16"  # for the processes that it may start
+    invoke(*command, "--seed", 1, "--precision", "auto")
+    invoke("record", "--scale", "small", "--only", NAME, "--seed", 2, "--epochs", 1,
+           "--device", "cpu", "--precision", "bfloat16")  # fmt: skip
+    seen = {(r.variant, r.seed): r.recipe["precision"] for r in records.read_all(NAME)}
+    half, full = "bfloat16", "float32"
+    assert seen == {("clipped", 0): half, ("clipped", 1): full,
+                    ("clipped", 2): half, ("unclipped", 2): half}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["run", NAME], ["record", "--list"]])
+def test_an_unknown_precision(monkeypatch, capsys, command):
+    code, _, err = call(monkeypatch, capsys, *command, "--precision", "half")
+    known = "auto, float32, bfloat16, float16"
+    assert (code, err) == (1, f"bnnbook: unknown precision 'half'; known: {known}\n")
+
+
 def test_run_passes_its_options_on(toy, tmp_path):
     invoke("run", "toy.table", "--variant", "b", "--seed", 3, "--scale", "full", "--epochs", 7,
            "--device", "cpu", "--data", tmp_path / "sets")  # fmt: skip

@@ -126,6 +126,9 @@ def test_the_states_of_a_run(tmp_path):
     assert small().checkpoint(runs) != job.checkpoint(runs)  # another length is another run
 
 
+ABACUS = ("Abacus 9000", "float32")
+
+
 def write_checkpoint(job, epoch):
     """Write the part of a checkpoint that tells how far it is."""
     path = job.checkpoint(Path("runs"))
@@ -177,6 +180,7 @@ def test_checkpoints_of_cpu_and_gpu_do_not_meet(monkeypatch):
     job.checkpoint(runs, "cpu").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     names = {job.checkpoint(runs, device).name for device in ("auto", "cuda", "cuda:1")}
     assert names == {f"{NAME}-clipped-small-2epochs-seed0-cuda.pt"}
     kinds = [recording.state(job, [None], runs, device).kind for device in ("cpu", "cuda")]
@@ -186,14 +190,32 @@ def test_checkpoints_of_cpu_and_gpu_do_not_meet(monkeypatch):
         assert [path.suffix for path in sorted(runs.iterdir())] == [".pt", ".lock"]
 
 
-def test_minutes_are_those_measured_on_the_same_device():
+def test_checkpoints_of_two_precisions_do_not_meet(monkeypatch):
+    """But their records would be the same file, so they share a lock."""
+    job, runs = small(), Path("runs")
+    runs.mkdir()
+    monkeypatch.setenv("BNNBOOK_PRECISION", "bfloat16")
+    path = job.checkpoint(runs, "cpu")
+    assert path.name == f"{NAME}-clipped-small-2epochs-seed0-bfloat16.pt"
+    path.touch()
+    with recording.lock(job, runs) as is_ours:
+        assert is_ours
+        monkeypatch.setenv("BNNBOOK_PRECISION", "float32")
+        assert job.checkpoint(runs, "cpu").name == f"{NAME}-clipped-small-2epochs-seed0.pt"
+        assert recording.state(job, [None], runs, "cpu").kind == "missing"
+        with recording.lock(job, runs) as is_another:
+            assert not is_another
+
+
+def test_minutes_are_those_measured_in_the_same_conditions():
     records.save(record(epochs=5))
-    there = recording.seconds_an_epoch("Abacus 9000", [None])
+    there = recording.seconds_an_epoch(ABACUS, [None])
     assert recording.estimate(small(epochs=None), there) == 3.0 * 12
     assert recording.estimate(small(epochs=4), there) == 3.0 * 4
     assert recording.estimate(small(epochs=4), there, done=3) == 3.0
     assert recording.estimate(Job("binaryconnect.table2", "none", 0), there) is None
-    assert recording.seconds_an_epoch("Abacus 10000", [None]) == {}
+    assert recording.seconds_an_epoch(("Abacus 10000", "float32"), [None]) == {}
+    assert recording.seconds_an_epoch(("Abacus 9000", "bfloat16"), [None]) == {}
 
 
 def test_the_minutes_of_several_trainings_are_those_of_all():
@@ -204,7 +226,7 @@ def test_the_minutes_of_several_trainings_are_those_of_all():
     search = record(epochs=4, recipe=recipe, history=3 * rows, seconds=24.0)
     for each in (two, search):
         records.save(each, overwrite=True)
-        there = recording.seconds_an_epoch("Abacus 9000", [None])
+        there = recording.seconds_an_epoch(ABACUS, [None])
         assert recording.estimate(small(epochs=4), there) == each.seconds
         assert recording.estimate(small("unclipped", epochs=8), there) == 2 * each.seconds
         assert there[recording._alike(recipe)] == 2.0  # what it has in common with others
@@ -213,7 +235,7 @@ def test_the_minutes_of_several_trainings_are_those_of_all():
 def test_each_variant_has_minutes_of_its_own():
     records.save(record("clipped", seconds=2.0))
     records.save(record("unclipped", seconds=8.0))
-    there = recording.seconds_an_epoch("Abacus 9000", [None])
+    there = recording.seconds_an_epoch(ABACUS, [None])
     assert [recording.estimate(small(v), there) for v in ("clipped", "unclipped")] == [2.0, 8.0]
 
 
@@ -221,7 +243,7 @@ def test_an_experiment_without_a_record_takes_the_minutes_of_one_like_it():
     """The same network on the same data in the same batches takes as long."""
     recipe = vars(experiments.find("helwegen2019.figure1")[2]["full"])
     records.save(record("bop", experiment="helwegen2019.figure1", scale="full", recipe=recipe))
-    there = recording.seconds_an_epoch("Abacus 9000", [None])
+    there = recording.seconds_an_epoch(ABACUS, [None])
     assert recording.estimate(Job("helwegen2019.latent_inference", "adam", 0), there) == 3.0 * 100
     other = Job("helwegen2019.section52", "bop", 0)  # in batches of 50
     assert recording.estimate(other, there) is None

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
 
-from bnnbook import data, layers, optim, probes, training
+from bnnbook import checkpoints, data, layers, optim, probes, training
 from bnnbook.layers import BinaryLinear
 from bnnbook.models import binaryconnect_cnn
 
@@ -373,7 +373,7 @@ def test_compiled_training_learns_the_same(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_trains_and_resumes(tmp_path, monkeypatch, dtype):
     """The paths of a T4 (float16, scaled losses) and of newer GPUs, taken on a CPU."""
-    monkeypatch.setattr(training, "autocast_dtype", lambda device: dtype)
+    monkeypatch.setenv("BNNBOOK_PRECISION", str(dtype).removeprefix("torch."))
     seen, scales = [], []
 
     class Watch(StopAfter):
@@ -395,8 +395,36 @@ def test_mixed_precision_trains_and_resumes(tmp_path, monkeypatch, dtype):
     assert_same(straight, run(3, probes=[Watch(-1)], checkpoint=tmp_path / "run.pt"))
 
 
-def test_autocast_is_off_on_a_cpu():
-    assert training.autocast_dtype(torch.device("cpu")) is None
+def test_a_cpu_computes_in_float32_unless_asked_otherwise(monkeypatch):
+    cpu = torch.device("cpu")
+    assert training.autocast_dtype(cpu) is None
+    for name, dtype in (("auto", None), ("float32", None), ("bfloat16", torch.bfloat16)):
+        monkeypatch.setenv("BNNBOOK_PRECISION", name)
+        assert training.autocast_dtype(cpu) is dtype
+        assert training.precision(cpu) == ("float32" if dtype is None else name)
+        assert training.usual_precision(cpu) == "float32"
+
+
+def test_a_gpu_computes_in_float32_if_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    gpu = torch.device("cuda")
+    assert training.precision(gpu) == training.usual_precision(gpu) == "bfloat16"
+    monkeypatch.setenv("BNNBOOK_PRECISION", "float32")
+    assert training.autocast_dtype(gpu) is None
+    assert (training.precision(gpu), training.usual_precision(gpu)) == ("float32", "bfloat16")
+
+
+def test_an_unknown_precision_is_refused(monkeypatch):
+    monkeypatch.setenv("BNNBOOK_PRECISION", "float8")
+    with pytest.raises(ValueError, match="unknown precision 'float8'; known: auto, float32, bfl"):
+        run(1)
+
+
+def test_a_checkpoint_of_another_precision_is_refused(tmp_path, monkeypatch):
+    run(1, checkpoint=tmp_path / "run.pt")
+    monkeypatch.setenv("BNNBOOK_PRECISION", "bfloat16")
+    with pytest.raises(checkpoints.CheckpointError, match="precision"):
+        run(1, checkpoint=tmp_path / "run.pt")
 
 
 def test_what_an_earlier_loop_left_in_grad_does_not_count():

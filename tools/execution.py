@@ -135,8 +135,8 @@ def environment(root: Path, published: bool) -> dict[str, str]:
     if published:
         # The published run is the small one, on a CPU, whatever the machine.
         ours["CUDA_VISIBLE_DEVICES"] = ""
-    # A reader's own records and data sets have no place in a published chapter.
-    private = {"BNNBOOK_RESULTS", "BNNBOOK_DATA"} if published else set()
+    # A reader's own records, data sets and precision have no place in a published chapter.
+    private = {"BNNBOOK_RESULTS", "BNNBOOK_DATA", "BNNBOOK_PRECISION"} if published else set()
     return {k: v for k, v in os.environ.items() if k not in private} | ours
 
 
