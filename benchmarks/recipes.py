@@ -2,7 +2,8 @@
 
 Each runs through its experiment's own code. On a GPU, steps replayed as a CUDA graph are compared
 with ordinary ones, and the rate of multiplications with that of a plain matrix product; the goals
-are for an H200. On a CPU there is a short epoch of the one recipe that is not too slow for it.
+are for an H200. On a CPU there is a short epoch of the one recipe that is not too slow for it, in
+float32 and in bfloat16.
 """
 
 import os
@@ -60,9 +61,11 @@ def matrix_rate(device: torch.device) -> float:
     return n**3 / best({"product": lambda: a @ b}, device, 10)["product"]
 
 
-def timed(case: Case, device: torch.device, graph: bool) -> tuple[float, int]:
+def timed(case: Case, device: torch.device, graph: bool,
+          precision: str = "auto") -> tuple[float, int]:  # fmt: skip
     """Return the seconds of the second epoch, with its test, and its multiplications."""
-    with patch.dict(os.environ, BNNBOOK_GRAPHS=str(int(graph))):
+    chosen = {"BNNBOOK_GRAPHS": str(int(graph)), "BNNBOOK_PRECISION": precision}
+    with patch.dict(os.environ, chosen):
         fitted = case.fit(replace(case.recipe, dataset="random", epochs=2), *case.options,
                           device=device)  # fmt: skip
     macs = summary(fitted.model.cpu(), (3, 32, 32)).loc["total", ["macs", "bops"]].sum()
@@ -84,10 +87,21 @@ def row(name: str, case: Case, device: torch.device, rate: float) -> dict:
     return found | {"ratio": seconds / stepped, "plain_seconds": stepped} | goal
 
 
+def in_bfloat16(name: str, case: Case, device: torch.device, float32: float) -> dict:
+    """Return the line that compares an epoch in bfloat16, its test apart, with one in float32."""
+    seconds, _ = timed(case, device, graph=False, precision="bfloat16")
+    return {"what": f"{name}, an epoch in bfloat16 / float32", "seconds": seconds,
+            "plain_seconds": float32, "ratio": seconds / float32}  # fmt: skip
+
+
 def run(device: torch.device, repeats: int) -> list[dict]:
     """Time the recipes one after the other; ``repeats`` is ignored, because an epoch is long."""
     rate = matrix_rate(device)
     names = list(CASES) if device.type == "cuda" else list(CASES)[:1]
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, BNNBOOK_DATA=folder):
         write_images(Path(folder), IMAGES[device.type])
-        return [row(name, CASES[name], device, rate) for name in names]
+        table = [row(name, CASES[name], device, rate) for name in names]
+        if device.type == "cpu":
+            case = CASES[names[0]]
+            table.append(in_bfloat16(names[0], case, device, table[0]["seconds"]))
+        return table

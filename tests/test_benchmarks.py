@@ -1,6 +1,7 @@
 """The benchmarks run, and say what they measured; how fast anything is, no test decides."""
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -115,9 +116,17 @@ def test_the_median_of_ratios_counts_and_the_first_repeat_does_not():
 
 def test_an_epoch_of_a_recipe_is_timed_with_its_multiplications(monkeypatch):
     short = replace(quist2023.FULL, batch_size=50)
-    monkeypatch.setattr(recipes, "CASES", {"two steps": recipes.Case(quist2023.fit, short)})
     monkeypatch.setattr(recipes, "IMAGES", {"cpu": 100})
     monkeypatch.setattr(recipes, "SIZE", {"cpu": 16})
-    (found,) = recipes.run(CPU, repeats=1)
+    asked = []
+
+    def fit(*arguments, **options):
+        asked.append(os.environ["BNNBOOK_PRECISION"])
+        return quist2023.fit(*arguments, **options)
+
+    monkeypatch.setattr(recipes, "CASES", {"two steps": recipes.Case(fit, short)})
+    found, halved = recipes.run(CPU, repeats=1)
     assert found["images_per_second"] == pytest.approx(100 / found["seconds"])
     assert found["share_of_matrix_rate"] > 0
+    assert halved["ratio"] == halved["seconds"] / found["seconds"]
+    assert asked == ["auto", "bfloat16"]

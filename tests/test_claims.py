@@ -415,6 +415,13 @@ def test_a_claim_on_records_can_be_too_good(tmp_path):
     assert check_recorded(tmp_path, below=4.9).verdict == "not reproduced"
 
 
+def test_the_hardware_names_a_precision_other_than_float32(tmp_path):
+    for seed, precision in enumerate(("float32", "bfloat16")):
+        for variant, error in (("sgd", 0.10), ("adam", 0.05)):
+            save(tmp_path, variant, error, seed=seed, precision=precision)
+    assert check_recorded(tmp_path).hardware == "a GPU, a GPU in bfloat16"
+
+
 def test_runs_of_another_precision_are_not_compared(tmp_path):
     save(tmp_path, "sgd", 0.10)
     save(tmp_path, "adam", 0.05, precision="bfloat16")
