@@ -1,6 +1,7 @@
 """The training loop: train, evaluate, checkpoint and resume, with uint8 images on the device."""
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import os
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from bnnbook import checkpoints, graphs
 from bnnbook.data import Dataset, unit_range
-from bnnbook.layers import BinaryLayer
+from bnnbook.layers import BinaryLayer, binary_layers
 
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
 FUNCTIONS = ("loss", "augment", "preprocess", "test_model")  # arguments of `train`
@@ -219,6 +220,20 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     return model
+
+
+def own_statistics(model: nn.Module, images: Tensor, *,
+                   weight_quantizer: Callable | None = None, **options) -> nn.Module:  # fmt: skip
+    """Return a copy of the model with batch-norm statistics collected anew over the images.
+
+    weight_quantizer: the copy's binary layers get this one, if it is given, such as
+    `binarize.real_weight` to run with latent weights.
+    options: as in `reestimate_batchnorm`.
+    """
+    network = copy.deepcopy(model)
+    for layer in binary_layers(network) if weight_quantizer else ():
+        layer.weight_quantizer = weight_quantizer
+    return reestimate_batchnorm(network, images, **options)
 
 
 def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_size: int,

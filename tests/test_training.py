@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
 
-from bnnbook import checkpoints, data, layers, optim, probes, training
+from bnnbook import binarize, checkpoints, data, layers, optim, probes, training
 from bnnbook.layers import BinaryLinear
 from bnnbook.models import binaryconnect_cnn
 
@@ -462,6 +462,22 @@ def test_reestimated_statistics_are_those_of_the_images():
     assert torch.allclose(model[1].running_var, x.var(0))
     assert model.training
     assert model[1].momentum == 0.1
+
+
+def test_own_statistics_are_a_copys():
+    images = dataset(n=70).train_images
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Flatten(), BinaryLinear(images[0].numel(), 4), norm).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = training.own_statistics(model, images, weight_quantizer=binarize.real_weight)
+    assert model[1].weight_quantizer is binarize.ste_sign
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    products = data.unit_range(images).flatten(1) @ model[1].weight.T
+    torch.testing.assert_close(network[2].running_mean, products.mean(0))
+    same = training.own_statistics(model, images)
+    assert same[1].weight_quantizer is binarize.ste_sign
+    assert not torch.equal(same[2].running_mean, network[2].running_mean)
 
 
 def test_predict_restores_the_mode_and_keeps_the_statistics():

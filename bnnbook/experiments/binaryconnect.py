@@ -135,11 +135,9 @@ class Fit:
 def test_network(model: nn.Module, weight_quantizer, dataset: data.Dataset, preprocess,
                  norm_images: int) -> nn.Module:  # fmt: skip
     """Return a copy that runs with ``weight_quantizer`` and batch-norm statistics made for it."""
-    network = copy.deepcopy(model)
-    for layer in binary_layers(network):
-        layer.weight_quantizer = weight_quantizer
-    images = dataset.train_images[:norm_images]
-    return training.reestimate_batchnorm(network, images, preprocess=preprocess)
+    return training.own_statistics(model, dataset.train_images[:norm_images],
+                                   weight_quantizer=weight_quantizer,
+                                   preprocess=preprocess)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,7 +5,6 @@ authors' code: models/binarynet.py and data/cifar10.py. Our own choices are mark
 validation set is held out, and the test error is that after the last epoch: it selects nothing.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -302,11 +301,9 @@ def own_statistics(model: nn.Module, dataset: data.Dataset, norm_images: int,
 
     ``quantizer`` is for latent weights; weights that are ±1 themselves need none.
     """
-    network = copy.deepcopy(model)
-    for layer in binary_layers(network) if quantizer else ():
-        layer.weight_quantizer = quantizer
-    images = dataset.train_images[:norm_images]
-    return training.reestimate_batchnorm(network, images, preprocess=data.signed_range)
+    return training.own_statistics(model, dataset.train_images[:norm_images],
+                                   weight_quantizer=quantizer,
+                                   preprocess=data.signed_range)  # fmt: skip
 
 
 def accuracy(network: nn.Module, dataset: data.Dataset, part: str = "test",

@@ -5,7 +5,6 @@ follow a published review of the paper; where no comment names a source, a recip
 this book's own choice. None of the paper's accuracies is known to us.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -215,8 +214,7 @@ class Fit:
     def renewed_error(self) -> float:
         """Return the test error with batch-norm statistics re-estimated for the final weights."""
         images = self.dataset.train_images[: self.recipe.norm_images]
-        network = training.reestimate_batchnorm(copy.deepcopy(self.model), images,
-                                                preprocess=self.preprocess)  # fmt: skip
+        network = training.own_statistics(self.model, images, preprocess=self.preprocess)
         test = self.dataset.test_images, self.dataset.test_labels
         return 1 - training.evaluate(network, *test, preprocess=self.preprocess)
 
