@@ -146,14 +146,8 @@ def check_recorded(
     return check(
         id, statement, paper, measured, above < statistics.fmean(measured) < below, "full",
         unit=", ".join(filter(None, (unit, runs[0].shortened))),
-        hardware=", ".join(sorted({made_on(run) for run in runs})), source=source,
+        hardware=", ".join(sorted({run.made_on for run in runs})), source=source,
     )  # fmt: skip
-
-
-def made_on(run: records.Record) -> str:
-    """Return a record's device, with the precision if that is not float32."""
-    device, precision = run.environment["device"], run.recipe.get("precision", "float32")
-    return device if precision == "float32" else f"{device} in {precision}"
 
 
 def recorded_sets(

@@ -275,7 +275,7 @@ def in_words(job: Job, done: Record, path: Path) -> str:
     short = f", {done.shortened}" if done.shortened else ""
     return (f"{job} ({done.scale} scale{short}): test error "
             f"{100 * done.metrics['test_error']:.2f} %, {done.seconds:.0f} s on "
-            f"{done.environment['device']} -> {path}")  # fmt: skip
+            f"{done.made_on} -> {path}")  # fmt: skip
 
 
 # --- Many runs ---------------------------------------------------------------------------------

@@ -68,6 +68,12 @@ class Record:
     history: list[dict[str, Any]] = field(default_factory=list)
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def made_on(self) -> str:
+        """The device's name, and the precision if that was not float32."""
+        device, precision = self.environment["device"], self.recipe.get("precision", "float32")
+        return device if precision == "float32" else f"{device} in {precision}"
+
 
 # --- Where, and by what ------------------------------------------------------------------------
 
