@@ -127,7 +127,7 @@ def test_the_grid_clips_and_scales_as_its_names_say():
         assert recipe.alpha == quist2023.SMALL.alpha
 
 
-@pytest.mark.parametrize("name", list(quist2023.DECAYS))
+@pytest.mark.parametrize("name", [name for name in quist2023.DECAYS if name != "restarts"])
 def test_a_decay_starts_at_one_and_never_rises(name):
     factor = quist2023.DECAYS[name]
     values = [factor(u) for u in np.linspace(0, 1, 101)]
@@ -137,6 +137,15 @@ def test_a_decay_starts_at_one_and_never_rises(name):
     assert values[-1] == pytest.approx(end, abs=1e-12)
     middle = {"none": 1, "linear": 0.5, "cosine": 0.5, "step": 0.1, "exponential": 1e-3**0.5}
     assert factor(0.5) == pytest.approx(middle[name])
+
+
+def test_restarts_are_four_cosines_in_a_row():
+    cosine, factor = quist2023.DECAYS["cosine"], quist2023.DECAYS["restarts"]
+    for start in (0, 0.25, 0.5, 0.75):
+        assert factor(start) == 1
+        assert factor(start + 0.125) == 0.5
+        assert factor(start + 0.249) == pytest.approx(cosine(0.996))
+    assert factor(1) == 0
 
 
 # --- Networks, starts, optimizers ----------------------------------------------------------------

@@ -55,13 +55,20 @@ SMALL = Recipe("digits", "perceptron", 16, alpha=0.01)
 FULL = Recipe("cifar10", "birealnet20", 150, alpha=1e-3, batch_size=256, real_weight_decay=1e-4,
               augment=True)  # fmt: skip
 
+
+def cosine(u: float) -> float:
+    """Return the factor of alpha at progress u, from 1 to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * u)) / 2
+
+
 # How alpha decays: its factor as a function of the progress u, from 0 to 1.
 DECAYS: dict[str, Callable[[float], float]] = {
     "none": lambda u: 1.0,
     "linear": lambda u: 1 - u,  # the released ImageNet code, there once per epoch
-    "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2,  # the CIFAR-10 study, says the review
+    "cosine": cosine,  # the CIFAR-10 study, says the review
     "step": lambda u: 0.1 ** sum((u >= 0.5, u >= 0.75)),
     "exponential": lambda u: 1e-3**u,
+    "restarts": lambda u: cosine(4 * u % 1 if u < 1 else 1.0),  # four cosines in a row
 }
 
 
