@@ -36,6 +36,7 @@ PRIORITY = (
     "binaryconnect.table2",
     "helwegen2019.scaling",
     "quist2023.spectra",
+    "quist2023.gamma_sweep",
     "liu2021.two_step",
     "liu2021.weight_decay",
     "bulat2021.width",

@@ -150,11 +150,17 @@ CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
         for decay in ("none", "cosine")
         for alpha in (0.1, 0.01, 0.001, 0.0001, 0.00001)
     },
+    "gamma_sweep": lambda recipe: {
+        f"{gamma:g}-{decay}": {"gamma": gamma, "decay": decay}
+        for decay in ("none", "cosine")
+        for gamma in (1.0, 0.3, 0.1, 0.03, 0.01)
+    },
     "spectra": lambda recipe: {"second": {}, "first": {"gamma": 1.0}},
     "scale_invariance": _scale_invariance,
 }
 BASE: dict[str, dict] = {
     "alpha_decay": {"small": replace(SMALL, alpha=0.1), "full": replace(FULL, alpha=0.01)},
+    "gamma_sweep": {"small": replace(SMALL, alpha=0.1), "full": FULL},
     "latent_parity": {
         "small": replace(SMALL, decay="cosine"), "full": replace(FULL, decay="cosine")
     },
@@ -308,6 +314,15 @@ def alpha_decay(variant: str = "cosine", *, seed: int = 0, scale: str = "small",
     ``epochs`` and ``run`` as in `alpha_sweep`.
     """
     return _run("alpha_decay", variant, seed, scale, epochs, **run)
+
+
+def gamma_sweep(variant: str = "0.1-none", *, seed: int = 0, scale: str = "small",
+                epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run one gamma, with alpha constant or under a cosine; gamma 1 is the first order.
+
+    The comparison is ours. ``epochs`` and ``run`` as in `alpha_sweep`.
+    """
+    return _run("gamma_sweep", variant, seed, scale, epochs, **run)
 
 
 def order(variant: str = "second-none", *, seed: int = 0, scale: str = "small",
