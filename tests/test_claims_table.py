@@ -63,6 +63,20 @@ def test_both_tables_are_written_between_their_markers(book):
         assert text.endswith(f"{end}\n\n<!-- claims:end -->\n\nafter\n")
 
 
+def test_the_books_own_claims_are_counted(book):
+    own = {"paper": "not in the paper; a prediction of ours"}
+    write(book, "a", [claim("a.one") | own, claim("a.two") | {"paper": None}])
+    assert run(book) == 0
+    line = "4 claims: 3 reproduced; 1 not reproduced. 1 of these is ours and no paper's.\n"
+    for page in ("README.md", "book/what-holds.md"):
+        assert line in (book / page).read_text(encoding="utf-8")
+    assert "2 claims: 2 reproduced. 1 of these is ours" in (
+        book / "book" / "what-holds.md"
+    ).read_text(encoding="utf-8")
+    front = (book / "book" / "intro.md").read_text(encoding="utf-8")
+    assert ":::\n\n1 of these is ours and no paper's.\n\n<!-- claims:end -->" in front
+
+
 def test_the_page_has_a_table_a_chapter_and_counts_its_claims(book):
     assert run(book) == 0
     text = (book / "book" / "what-holds.md").read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from bnnbook import claims
 from tools.chapters import ROOT, BookError, write_atomically
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+OURS = "not in the paper"  # so begins the paper's column of a claim that is the book's own
 WHERE = "Scale, hardware"  # the heading of what `_where` returns
 
 
@@ -84,7 +85,14 @@ def tally(chapters: list[ChapterClaims]) -> str:
     """How many claims there are, and how many with each verdict, as a sentence."""
     counts = _counts(chapters)
     parts = [f"{n} {verdict}" for n, verdict in zip(counts, claims.BADGE, strict=True) if n]
-    return f"{sum(counts)} claim{'s' * (sum(counts) != 1)}: {'; '.join(parts)}."
+    total = f"{sum(counts)} claim{'s' * (sum(counts) != 1)}"
+    return f"{total}: {'; '.join(parts)}. {_ours(chapters)}".rstrip()
+
+
+def _ours(chapters: list[ChapterClaims]) -> str:
+    """How many of the claims no paper makes, as a sentence; "" if there are none."""
+    own = sum((claim["paper"] or "").startswith(OURS) for c in chapters for claim in c.claims)
+    return f"{own} of these {'is' if own == 1 else 'are'} ours and no paper's." if own else ""
 
 
 def scorecard(chapters: list[ChapterClaims]) -> str:
@@ -98,7 +106,8 @@ def scorecard(chapters: list[ChapterClaims]) -> str:
     badges = [_badge(verdict, kind.replace("-", " ")) for verdict, kind in claims.BADGE.items()]
     header = ["Chapter", *badges]
     table = _table(header, [*rows, ["**All**", *_counts(chapters)]])
-    return f":::{{div}} bnnbook-counts\n\n{table}\n\n:::"
+    counts = f":::{{div}} bnnbook-counts\n\n{table}\n\n:::"
+    return f"{counts}\n\n{_ours(chapters)}".rstrip()
 
 
 def _counts(chapters: list[ChapterClaims]) -> list[int]:
