@@ -326,7 +326,7 @@ def thresholds(function: Callable[[Tensor], Tensor], n: int, shape) -> tuple[Ten
     of shape (2n + 1, channels, ...), so that t is right for its rounded arithmetic too. Raises
     ValueError if a sign changes more than once.
 
-    >>> norm = nn.BatchNorm1d(2, eps=0).eval()
+    >>> norm = nn.BatchNorm1d(2).eval()
     >>> norm.running_mean = torch.tensor([0.5, 0.5])
     >>> norm.weight.data = torch.tensor([1.0, -1.0])
     >>> thresholds(norm, 3, (2,))
