@@ -240,12 +240,16 @@ class PackedConv2d(Packed):
         super().__init__(layer)
         for name in ("in_channels", "kernel_size", *GEOMETRY, "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(layer, name))
+        columns = layer.weight.is_contiguous(memory_format=torch.channels_last)
+        last = columns and not layer.weight.is_contiguous()
+        # torch rounds real sums by other code where channels lie last
+        self.layout = torch.channels_last if last else torch.contiguous_format
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution for x of shape (N, in_channels, H, W)."""
         _check_maps(x, self.in_channels)
         if not self.binary_input:
-            weight = self.unpacked(x.dtype)
+            weight = self.unpacked(x.dtype).contiguous(memory_format=self.layout)
             return BinaryConv2d._convolve(self, self._real_input(x), weight, self.bias,
                                           self.groups)  # fmt: skip
         patches, valid = pack(self.patches(self._padded(x))), self.valid(x)
@@ -253,7 +257,7 @@ class PackedConv2d(Packed):
         products = [xnor_product(patches[..., group, :], kernel, self.n, valid)
                     for group, kernel in enumerate(kernels)]  # fmt: skip
         y = self.real(torch.cat(products, -1), x.dtype)
-        return y.permute(0, 3, 1, 2).contiguous()
+        return y.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
 
     def patches(self, x: Tensor) -> Tensor:
         """Return what the kernels see of a padded map: (N, H', W', groups, elements)."""

@@ -403,6 +403,18 @@ def test_networks_with_real_shortcuts_keep_their_norms_and_their_outputs(model, 
     assert not list(layers.binary_layers(packed))
 
 
+def test_channels_that_lie_last_stay_last():
+    net = settled(birealnet20(weight_quantizer=ste_sign), (3, 8, 8))
+    net = net.to(memory_format=torch.channels_last)
+    first = layers.BinaryConv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(20, 3, 8, 8)
+    for model in (net, nn.Sequential(first), first):
+        found, expected = pack_network(model)(x), model(x)
+        assert found.equal(expected)
+        assert found.stride() == expected.stride()
+    assert pack_network(first).layout == torch.channels_last
+
+
 def test_a_scale_and_a_bias_move_into_the_threshold():
     both = {"weight_quantizer": binarize.magnitude_aware_sign, "input_quantizer": ste_sign}
     net = nn.Sequential(
