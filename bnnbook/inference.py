@@ -41,11 +41,12 @@ def pack(x: Tensor) -> Tensor:
     tensor([21])
     """
     if x.dim() < 1 or not x.shape[-1]:
-        raise ValueError(f"there is nothing to pack along the last dimension of {tuple(x.shape)}")
+        raise ValueError("there is nothing to pack along the last dimension "
+                         f"of {tuple(x.shape)}")  # fmt: skip
     bits = x if x.dtype == torch.bool else x >= 0
     bits = F.pad(bits.to(torch.uint8), (0, -x.shape[-1] % WORD))
     places = torch.arange(8, dtype=torch.uint8, device=x.device)
-    # eight bits to a byte, then eight bytes read as a word: an eighth of the memory traffic
+    # eight bits to a byte, then eight bytes read as a word
     octets = (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
     return octets.view(torch.int64)
 
@@ -70,7 +71,7 @@ def popcount(words: Tensor) -> Tensor:
     >>> popcount(torch.tensor([0, 21, -1]))
     tensor([ 0,  3, 64])
     """
-    # >> copies the highest bit of a negative number; every mask has a 0 wherever that could show
+    # >> copies the highest bit; every mask has a 0 where the copy could show
     x = words - ((words >> 1) & 0x5555555555555555)
     x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -115,7 +116,8 @@ def _products(a: Tensor, b: Tensor, n: int, valid: Tensor | None) -> Tensor:
     differ = a[:, None] ^ b
     if valid is None:
         return n - 2 * popcount(differ).sum(-1)
-    return popcount(valid).sum(-1, keepdim=True) - 2 * popcount(differ & valid[:, None]).sum(-1)
+    counted = popcount(valid).sum(-1, keepdim=True)
+    return counted - 2 * popcount(differ & valid[:, None]).sum(-1)
 
 
 def _check_words(words: Tensor, n: int) -> None:
@@ -233,7 +235,8 @@ class PackedConv2d(Packed):
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W'). Strides, dilations, groups and
     all paddings are those of the layer; on a border padded with 0 the masked product of
-    `xnor_product` counts only what lies inside the image. Raises ValueError for another input.
+    `xnor_product` counts only what lies inside the image. ``layout`` is how the layer's weight
+    lies in memory, and with it the output. Raises ValueError for another input.
     """
 
     def __init__(self, layer: BinaryConv2d):
@@ -249,15 +252,17 @@ class PackedConv2d(Packed):
         """Return the convolution for x of shape (N, in_channels, H, W)."""
         _check_maps(x, self.in_channels)
         if not self.binary_input:
-            weight = self.unpacked(x.dtype).contiguous(memory_format=self.layout)
-            return BinaryConv2d._convolve(self, self._real_input(x), weight, self.bias,
-                                          self.groups)  # fmt: skip
+            return self._convolve_real(self._real_input(x))
         patches, valid = pack(self.patches(self._padded(x))), self.valid(x)
         kernels = self.words.unflatten(0, (self.groups, -1))
         products = [xnor_product(patches[..., group, :], kernel, self.n, valid)
                     for group, kernel in enumerate(kernels)]  # fmt: skip
         y = self.real(torch.cat(products, -1), x.dtype)
         return y.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+
+    def _convolve_real(self, x: Tensor) -> Tensor:
+        weight = self.unpacked(x.dtype).contiguous(memory_format=self.layout)
+        return BinaryConv2d._convolve(self, x, weight, self.bias, self.groups)
 
     def patches(self, x: Tensor) -> Tensor:
         """Return what the kernels see of a padded map: (N, H', W', groups, elements)."""
@@ -312,7 +317,7 @@ def _expert(layer: ExpertBinaryConv2d, number: int) -> BinaryConv2d:
 # --- Normalisation and sign --------------------------------------------------------------------
 
 
-def thresholds(function: Callable[[Tensor], Tensor], n: int, shape) -> tuple[Tensor, Tensor]:
+def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     r"""Return what stands for the sign of a function of an integer: a threshold, a direction.
 
     function: what lies between a sum of n products and the next sign, channel by channel, such as
@@ -344,8 +349,8 @@ def thresholds(function: Callable[[Tensor], Tensor], n: int, shape) -> tuple[Ten
     count = positive.sum(0)
     t = torch.where(rising, n + 1 - count, count - n - 1)
     if not torch.equal(_compare(k[:, None], t, rising), positive):
-        raise ValueError("the sign of the function changes more than once over the integers from "
-                         f"{-n} to {n}; no single threshold can stand for it")  # fmt: skip
+        raise ValueError("the function's sign changes more than once between "
+                         f"{-n} and {n}: no threshold can stand for it")  # fmt: skip
     return t, rising
 
 
@@ -370,6 +375,10 @@ class Threshold(nn.Module):
         shape = -1, *[1] * (x.dim() - 2)
         above = _compare(x, self.threshold.view(shape), self.rising.view(shape))
         return 2 * above.to(x.dtype) - 1
+
+    def extra_repr(self) -> str:
+        """Count channels, and those that fall, in what torch prints."""
+        return f"{len(self.rising)} channels, {int((~self.rising).sum())} falling"
 
 
 # --- Networks ----------------------------------------------------------------------------------
@@ -398,7 +407,7 @@ def pack_network(model: nn.Module) -> nn.Module:
     >>> torch.equal(pack_network(net)(x), net(x))
     True
     """
-    holder = nn.ModuleList([copy.deepcopy(model).eval()])  # so that the model has a parent
+    holder = nn.ModuleList([copy.deepcopy(model).eval()])  # the model's parent
     for parent in list(holder.modules()):
         for name, child in parent.named_children():
             if type(child) in PACKED:
@@ -422,9 +431,9 @@ def _fold(sequence: nn.Sequential) -> None:
     for index, norm in enumerate(layers):
         before = _next(layers[:index][::-1], MONOTONE)
         after = _next(layers[index + 1 :], (*MONOTONE, nn.Flatten))
-        if _is_fixed(norm) and _multiplies_bits(before) and _multiplies_bits(after):
+        if _is_fixed(norm) and all(map(_multiplies_bits, (before, after))):
             sequence[index] = _threshold(before, norm).eval()
-            before.scale = before.bias = None  # what follows compares the integers themselves
+            before.scale = before.bias = None  # they are in the threshold now
 
 
 def _next(layers: list[nn.Module], passing: tuple) -> nn.Module | None:

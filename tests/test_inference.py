@@ -326,6 +326,8 @@ def test_a_threshold_is_normalisation_and_sign_on_every_integer(kind, n):
     norm = normalisation(300, kind)
     shape = (300, 1, 1) if kind is nn.BatchNorm2d else (300,)
     t, rising = thresholds(norm, n, shape)
+    falling = (~rising).sum()
+    assert inference.Threshold(t, rising).extra_repr() == f"300 channels, {falling} falling"
     assert rising[norm.weight > 0.01].all()
     assert not rising[(norm.weight < -0.5) & (t.abs() < n)].any()
     k = torch.arange(-n, n + 1.0).view(-1, *[1] * len(shape)).repeat(1, *shape)
