@@ -33,8 +33,8 @@ def pack(x: Tensor) -> Tensor:
     r"""Return the signs along the last dimension as bits: 1 where :math:`x \ge 0`, else 0.
 
     x of shape (..., n) gives int64 words of shape (..., ceil(n / 64)). The sign of element i is
-    bit i mod 64 of word i div 64, counted from the least significant one; the bits beyond n are 0.
-    A tensor of bool is taken as bits already. Raises ValueError for a tensor without elements
+    bit i mod 64 of word i div 64, counted from the least significant one (on a little-endian
+    machine, as nearly all are); the bits beyond n are 0. A tensor of bool is taken as bits already. Raises ValueError for a tensor without elements
     along its last dimension.
 
     >>> pack(torch.tensor([0.3, -2.0, 0.0, -0.1, 1.0]))  # 1 + 4 + 16
@@ -83,18 +83,20 @@ def popcount(words: Tensor) -> Tensor:
 def xnor_product(a: Tensor, b: Tensor, n: int, valid: Tensor | None = None) -> Tensor:
     r"""Return the products of packed rows: :math:`n - 2 \operatorname{popcount}(a \oplus b)`.
 
-    a: words of shape (..., ceil(n / 64)), as `pack` returns them. b: words of shape (rows,
-    ceil(n / 64)). The result, int64 of shape (..., rows), is what the ±1 behind the words give,
-    :math:`\sum_i a_i b_i`: of n products each of the popcount differing ones is -1 and not +1.
+    a: words of shape (..., ceil(n / 64)), as `pack` returns them.
+    b: words of shape (rows, ceil(n / 64)).
+    valid: words that broadcast to the shape of a. With bit 0 an element of a counts as 0, as on a
+    zero-padded border.
 
-    ``valid``, words that broadcast to the shape of a, leaves out elements: with bit 0 an element
-    of a counts as 0, as on a zero-padded border. The result is then
-    :math:`\operatorname{popcount}(v) - 2 \operatorname{popcount}((a \oplus b) \wedge v)`.
+    The result, int64 of shape (..., rows), is what the ±1 behind the words give,
+    :math:`\sum_i a_i b_i`: a product is -1 where the signs differ, else +1. With v = ``valid`` it
+    is :math:`\operatorname{popcount}(v) - 2 \operatorname{popcount}((a \oplus b) \wedge v)`.
 
     Raises TypeError for words that are not int64 and ValueError if n signs take another number of
     words. (The identity is that of binarized neural networks, Courbariaux et al., 2016.)
 
-    >>> a, b = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0]])
+    >>> a = torch.tensor([1.0, -1.0, 1.0])
+    >>> b = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0]])
     >>> xnor_product(pack(a), pack(b), 3)
     tensor([1, 3])
     """
