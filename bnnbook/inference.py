@@ -34,8 +34,8 @@ def pack(x: Tensor) -> Tensor:
 
     x of shape (..., n) gives int64 words of shape (..., ceil(n / 64)). The sign of element i is
     bit i mod 64 of word i div 64, counted from the least significant one (on a little-endian
-    machine, as nearly all are); the bits beyond n are 0. A tensor of bool is taken as bits already. Raises ValueError for a tensor without elements
-    along its last dimension.
+    machine, as nearly all are); the bits beyond n are 0. A tensor of bool is taken as bits
+    already. Raises ValueError for a tensor without elements along its last dimension.
 
     >>> pack(torch.tensor([0.3, -2.0, 0.0, -0.1, 1.0]))  # 1 + 4 + 16
     tensor([21])
