@@ -13,7 +13,7 @@ from bnnbook import records, training
 
 FOLDER = Path(__file__).parent
 NAMES = ("optimizers", "network", "loop", "probing", "importing", "buffers", "packing",
-         "replicas", "recipes")  # fmt: skip
+         "packed", "replicas", "recipes")  # fmt: skip
 
 
 def measured(name: str, device: torch.device, repeats: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Literal NumPy twins of the update rules, transcribed from the papers, one weight at a time."""
+"""Literal NumPy twins of the update rules and of products of bits, transcribed one at a time."""
 
 import numpy as np
 
@@ -77,3 +77,31 @@ def latent_sgd_step(w, m, gradient, lr, gamma, weight_decay, clip=np.inf):
         w[i] = (1 - lr * weight_decay) * w[i] - lr * m[i]
         w[i] = min(max(w[i], -clip), clip)
     return w, m
+
+
+def pack(signs) -> list[int]:
+    """One word for every 64 signs, bit i of a word being 1 where its i-th sign is not negative."""
+    words = [0] * -(-len(signs) // 64)
+    for i, value in enumerate(signs):
+        words[i // 64] |= int(value >= 0) << (i % 64)
+    return words
+
+
+def xnor_product(a: list[int], b: list[int], n: int) -> int:
+    """n - 2 popcount(a xor b), the ones counted by Python."""
+    return n - 2 * sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
+
+
+def binary_convolution(x, w, stride, padding, dilation, groups):
+    """Add up signs of x (C, H, W) times w (out, C / groups, kh, kw); the border counts as 0."""
+    out, depth, kh, kw = w.shape
+    _, height, width = x.shape
+    rows = (height + 2 * padding - dilation * (kh - 1) - 1) // stride + 1
+    columns = (width + 2 * padding - dilation * (kw - 1) - 1) // stride + 1
+    y = np.zeros((out, rows, columns), dtype=int)
+    for o, i, j, c, p, q in np.ndindex(out, rows, columns, depth, kh, kw):
+        row, column = i * stride - padding + p * dilation, j * stride - padding + q * dilation
+        if 0 <= row < height and 0 <= column < width:
+            channel = o // (out // groups) * depth + c
+            y[o, i, j] += int(sign(x[channel, row, column]) * sign(w[o, c, p, q]))
+    return y

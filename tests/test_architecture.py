@@ -17,9 +17,9 @@ FORBIDDEN = {"papermill", "jupytext", "nbval", "jupyter_book", "nbformat", "nbcl
 ONLY_IN = {"typer": {"cli"}}
 ONLY_INSIDE_FUNCTIONS = {"IPython", "torchvision", "sklearn", "pandas"}
 # A module imports only what stands before it; `source` imports nothing of the library.
-ORDER = ("binarize", "layers", "models", "filters", "optim", "data", "probes", "graphs",
-         "checkpoints", "training", "records", "experiments", "recording", "claims", "plots",
-         "source", "cli", "__main__")  # fmt: skip
+ORDER = ("binarize", "layers", "models", "inference", "filters", "optim", "data", "probes",
+         "graphs", "checkpoints", "training", "records", "experiments", "recording", "claims",
+         "plots", "source", "cli", "__main__")  # fmt: skip
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import __main__ as command
-from benchmarks import buffers, recipes, replicas, timing
+from benchmarks import buffers, packed, recipes, replicas, timing
 from bnnbook.experiments import quist2023
 from bnnbook.models import binaryconnect_mlp, birealnet20
 
@@ -54,6 +54,18 @@ def test_float32_buffers_are_the_reference():
     found = buffers.simulate(0.1, lambda _: torch.randn(50), steps=40, n=50)
     assert found["float32"]["differ"] == 0
     assert found["float32"]["flips"] > 0
+
+
+def test_packed_products_are_timed_beside_the_same_products(monkeypatch):
+    monkeypatch.setattr(packed, "SIZES", (70,))
+    results = [function() for function in packed.cases(70, CPU).values()]
+    assert all(result.float().equal(results[0]) for result in results)
+    table = packed.run(CPU, 1)
+    assert [row["what"] for row in table] == [
+        "packed / float32, 256 x 70 by 70 x 70",
+        "packed, with packing the inputs / float32, 256 x 70 by 70 x 70",
+    ]
+    assert all(row["ratio"] == row["seconds"] / row["plain_seconds"] for row in table)
 
 
 MLP = partial(binaryconnect_mlp, 12, (16, 16))
