@@ -5,6 +5,8 @@ the trained one does; the other names are its pieces.
 """
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -35,7 +37,8 @@ def pack(x: Tensor) -> Tensor:
     x of shape (..., n) gives int64 words of shape (..., ceil(n / 64)). The sign of element i is
     bit i mod 64 of word i div 64, counted from the least significant one (on a little-endian
     machine, as nearly all are); the bits beyond n are 0. A tensor of bool is taken as bits
-    already. Raises ValueError for a tensor without elements along its last dimension.
+    already; NaN, which has no sign, gives 0. Raises ValueError for a tensor without elements along
+    its last dimension.
 
     >>> pack(torch.tensor([0.3, -2.0, 0.0, -0.1, 1.0]))  # 1 + 4 + 16
     tensor([21])
@@ -106,7 +109,7 @@ def xnor_product(a: Tensor, b: Tensor, n: int, valid: Tensor | None = None) -> T
         raise ValueError(f"b must be (rows, words), not {tuple(b.shape)}")
     rows = a.reshape(-1, a.shape[-1])
     masks = None if valid is None else valid.expand_as(a).reshape(rows.shape)
-    step = max(1, BLOCK // b.numel())
+    step = max(1, BLOCK // max(1, b.numel()))
     parts = [_products(rows[i : i + step], b, n, None if masks is None else masks[i : i + step])
              for i in range(0, len(rows), step)]  # fmt: skip
     products = torch.cat(parts) if parts else rows.new_empty(0, len(b))
@@ -146,8 +149,8 @@ class Packed(nn.Module):
     :math:`2^{24}` in float32. With a scale, the float layer rounds in every addition, and y once.
 
     ``binary_input`` says whether the layer multiplies bits: only if its ``input_quantizer`` is a
-    sign. Any other input is multiplied with the unpacked weights, in the same call as before; it
-    saves memory and no operation.
+    sign. Any other input is multiplied with the weights, unpacked each time, in the same call as
+    before: that saves stored bytes and no operation.
 
     Raises ValueError if the weight quantizer draws at random, or gives an output channel weights
     of several magnitudes.
@@ -237,18 +240,16 @@ class PackedConv2d(Packed):
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W'). Strides, dilations, groups and
     all paddings are those of the layer; on a border padded with 0 the masked product of
-    `xnor_product` counts only what lies inside the image. ``layout`` is how the layer's weight
-    lies in memory, and with it the output. Raises ValueError for another input.
+    `xnor_product` counts only what lies inside the image. The output has its channels last in
+    memory where torch's would: if those of the layer's weight (``layout``) or of the input are.
+    Raises ValueError for another input.
     """
 
     def __init__(self, layer: BinaryConv2d):
         super().__init__(layer)
         for name in ("in_channels", "kernel_size", *GEOMETRY, "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(layer, name))
-        columns = layer.weight.is_contiguous(memory_format=torch.channels_last)
-        last = columns and not layer.weight.is_contiguous()
-        # torch rounds real sums by other code where channels lie last
-        self.layout = torch.channels_last if last else torch.contiguous_format
+        self.layout = _layout(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution for x of shape (N, in_channels, H, W)."""
@@ -260,7 +261,10 @@ class PackedConv2d(Packed):
         products = [xnor_product(patches[..., group, :], kernel, self.n, valid)
                     for group, kernel in enumerate(kernels)]  # fmt: skip
         y = self.real(torch.cat(products, -1), x.dtype)
-        return y.permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+        # because torch rounds real sums by other code where channels lie last
+        last = torch.channels_last in (self.layout, _layout(x))
+        layout = torch.channels_last if last else torch.contiguous_format
+        return y.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
     def _convolve_real(self, x: Tensor) -> Tensor:
         weight = self.unpacked(x.dtype).contiguous(memory_format=self.layout)
@@ -289,6 +293,12 @@ class PackedConv2d(Packed):
         return F.pad(x, border, self.padding_mode) >= 0
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """Return how a 4-D tensor lies in memory; what is ambiguous counts as contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class PackedExpertConv2d(nn.Module):
     """An `ExpertBinaryConv2d` with packed kernels, each a `PackedConv2d`; the gate stays real.
 
@@ -304,7 +314,7 @@ class PackedExpertConv2d(nn.Module):
         """Return the convolution of each sample with the kernel that its gate chooses."""
         _check_maps(x, self.gate.in_features)
         chosen = self.gate(x.mean((2, 3))).argmax(1).tolist()
-        pairs = zip(chosen, x.split(1), strict=True)
+        pairs = zip(chosen or [0], x.split(1), strict=True)  # no samples: any kernel will do
         return torch.cat([self.experts[k](sample) for k, sample in pairs])
 
 
@@ -333,8 +343,8 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
 
     A channel whose sign never changes is rising, with t = -n or n + 1. For batch normalisation the
     formula is :math:`t = \mu - \beta \sqrt{\sigma^2 + \epsilon} / \gamma`, rounded up or, for
-    :math:`\gamma < 0`, down. Here the function is evaluated on all integers instead, as one batch
-    of shape (2n + 1, channels, ...), so that t is right for its rounded arithmetic too. Raises
+    :math:`\gamma < 0`, down. Here the function is evaluated on all integers instead, in batches
+    of shape (N, channels, ...), so that t is right for its rounded arithmetic too. Raises
     ValueError if a sign changes more than once.
 
     >>> norm = nn.BatchNorm1d(2).eval()
@@ -344,9 +354,10 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     (tensor([1, 0]), tensor([ True, False]))
     """
     k = torch.arange(-n, n + 1)
-    with torch.no_grad():
-        sums = k.float().view(-1, *[1] * len(shape)).repeat(1, *shape)
-        positive = function(sums).flatten(1) >= 0
+    maps = k.float().view(-1, *[1] * len(shape))
+    with torch.no_grad():  # in blocks, because all sums of a wide layer may take a gigabyte
+        parts = maps.split(max(1, 2 * BLOCK // math.prod(shape)))
+        positive = torch.cat([function(part.repeat(1, *shape)).flatten(1) >= 0 for part in parts])
     rising = positive[-1] | ~positive[0]
     count = positive.sum(0)
     t = torch.where(rising, n + 1 - count, count - n - 1)
@@ -364,7 +375,7 @@ class Threshold(nn.Module):
     """Compare an integer with its channel's threshold, in place of normalisation and sign.
 
     ``threshold`` and ``rising`` are what `thresholds` returns. Input (N, channels, ...), integers
-    in any type; output ±1 in that type.
+    in any floating-point type; output ±1 in that type.
     """
 
     def __init__(self, threshold: Tensor, rising: Tensor):
@@ -375,7 +386,9 @@ class Threshold(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return +1 where the comparison holds and -1 elsewhere."""
         shape = -1, *[1] * (x.dim() - 2)
-        above = _compare(x, self.threshold.view(shape), self.rising.view(shape))
+        # in half precision the threshold would be rounded
+        k = x.to(torch.promote_types(x.dtype, torch.float32))
+        above = _compare(k, self.threshold.view(shape), self.rising.view(shape))
         return 2 * above.to(x.dtype) - 1
 
     def extra_repr(self) -> str:
@@ -396,10 +409,13 @@ def pack_network(model: nn.Module) -> nn.Module:
     """Return a copy for inference whose binary weights are bits, in evaluation mode.
 
     Each binary layer becomes its counterpart in `PACKED`. In a `torch.nn.Sequential`, batch
-    normalisation between two linear layers or convolutions that multiply bits becomes a
-    `Threshold`; max-pooling may stand before it. All other modules stay as they are, among them
-    binary layers of other classes and those that `Packed` refuses: `real_layers` names what still
-    holds real numbers.
+    normalisation between two layers that multiply bits becomes a `Threshold`; max-pooling may
+    stand before it. It does not behind a linear layer with a scale or a bias, whose inputs may
+    have more than two dimensions, behind a layer that is used more than once, and where a layer
+    with a scale or a bias has another dtype than the normalisation. All other modules stay as they
+    are, among them modules with hooks, binary layers of other classes and those that `Packed`
+    refuses: `real_layers` names what still holds real numbers. A Sequential must be called as a
+    whole: a model that calls slices of it gets thresholds for some and not for other parts.
 
     To load a saved ``state_dict``, pack a new network of the same constructor and load it there.
 
@@ -410,32 +426,55 @@ def pack_network(model: nn.Module) -> nn.Module:
     True
     """
     holder = nn.ModuleList([copy.deepcopy(model).eval()])  # the model's parent
-    for parent in list(holder.modules()):
-        for name, child in parent.named_children():
-            if type(child) in PACKED:
-                setattr(parent, name, _packed_if_possible(child))
-    for parent in list(holder.modules()):
-        if isinstance(parent, nn.Sequential):
-            _fold(parent)
+    modules = list(holder.modules())
+    uses = Counter(id(child) for parent in modules for child in parent._modules.values())
+    packed = {id(m): _packed_if_possible(m) for m in modules if type(m) in PACKED}
+    for parent in modules:
+        for name, child in parent._modules.items():  # unlike children(), twice if it is used twice
+            parent._modules[name] = packed.get(id(child), child)
+    shared = {id(packed[key]) for key in packed if uses[key] > 1}
+    for parent in modules:
+        if type(parent).forward is nn.Sequential.forward:
+            _fold(parent, shared)
     return holder[0]
 
 
 def _packed_if_possible(layer: BinaryLayer) -> nn.Module:
     try:
-        return PACKED[type(layer)](layer).eval()
+        return layer if _is_hooked(layer) else PACKED[type(layer)](layer).eval()
     except ValueError:
         return layer
 
 
-def _fold(sequence: nn.Sequential) -> None:
-    """Replace each normalisation between packed layers with binary inputs by its thresholds."""
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _fold(sequence: nn.Sequential, shared: set[int]) -> None:
+    """Replace each normalisation between packed layers with binary inputs by its thresholds.
+
+    ``shared``: ids of layers that are used more than once, which must keep what they compute.
+    """
     layers = list(sequence)
     for index, norm in enumerate(layers):
         before = _next(layers[:index][::-1], MONOTONE)
         after = _next(layers[index + 1 :], (*MONOTONE, nn.Flatten))
-        if _is_fixed(norm) and all(map(_multiplies_bits, (before, after))):
+        if not (_multiplies_bits(before) and _multiplies_bits(after) and _is_fixed(norm)):
+            continue
+        if _has_integers(before) or _can_give_up_reals(before, norm, shared):
             sequence[index] = _threshold(before, norm).eval()
             before.scale = before.bias = None  # they are in the threshold now
+
+
+def _has_integers(layer: Packed) -> bool:
+    return layer.scale is None and layer.bias is None
+
+
+def _can_give_up_reals(layer: Packed, norm: nn.Module, shared: set[int]) -> bool:
+    """Return whether the layer's scale and bias can be left to the thresholds behind it."""
+    reals = [part for part in (layer.scale, layer.bias) if part is not None]
+    alike = all(part.dtype == norm.running_mean.dtype for part in reals)
+    return isinstance(layer, PackedConv2d) and alike and id(layer) not in shared
 
 
 def _next(layers: list[nn.Module], passing: tuple) -> nn.Module | None:
@@ -445,7 +484,7 @@ def _next(layers: list[nn.Module], passing: tuple) -> nn.Module | None:
 
 def _is_fixed(norm: nn.Module) -> bool:
     """Return whether this is batch normalisation with statistics of its own."""
-    return isinstance(norm, NORMS) and norm.running_mean is not None
+    return isinstance(norm, NORMS) and norm.running_mean is not None and not _is_hooked(norm)
 
 
 def _multiplies_bits(layer: nn.Module | None) -> bool:

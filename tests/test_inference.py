@@ -444,6 +444,124 @@ def test_what_is_no_integer_behind_a_sign_is_not_folded(between):
     assert packed(x).equal(net(x))
 
 
+SCALED = {"weight_quantizer": binarize.magnitude_aware_sign, "input_quantizer": ste_sign}
+
+
+def has_thresholds(model: nn.Module) -> bool:
+    return any(isinstance(module, inference.Threshold) for module in model.modules())
+
+
+def test_a_scaled_linear_layer_keeps_its_norm():
+    """Its scale runs over the last dimension, the norm over the second."""
+    net = settled(nn.Sequential(layers.BinaryLinear(20, 6, **SCALED), nn.BatchNorm1d(6),
+                                layers.BinaryLinear(6, 3, **BOTH)), (6, 20))  # fmt: skip
+    packed, x = pack_network(net), torch.randn(50, 6, 20)
+    assert not has_thresholds(packed)
+    torch.testing.assert_close(packed(x), net(x))
+    plain = settled(nn.Sequential(layers.BinaryLinear(20, 7, **BOTH), nn.BatchNorm1d(6),
+                                  layers.BinaryLinear(7, 3, **BOTH)), (6, 20))  # fmt: skip
+    packed = pack_network(plain)
+    assert has_thresholds(packed)
+    assert packed(x).equal(plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thresholds_are_not_rounded_to_half_precision(dtype):
+    threshold = inference.Threshold(torch.tensor([257, 2049]), torch.tensor([True, True]))
+    sums = torch.tensor([[256, 2048], [258, 2050]], dtype=dtype)
+    assert threshold(sums)[0].tolist() == [-1, -1]
+    assert threshold(sums).dtype == dtype
+
+
+def test_a_scale_of_another_type_than_the_norm_stays():
+    conv = partial(layers.BinaryConv2d, **SCALED)
+    net = settled(nn.Sequential(conv(4, 9, 3), nn.BatchNorm2d(9), conv(9, 3, 3)), (4, 8, 8))
+    assert has_thresholds(pack_network(net))
+    net[0].bfloat16()
+    assert not has_thresholds(pack_network(net))
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_not_folded():
+    class Backwards(nn.Sequential):
+        def forward(self, x):
+            return self[0](self[2](self[1](x)))
+
+    conv = partial(layers.BinaryConv2d, **BOTH)
+    parts = conv(4, 4, 3), nn.BatchNorm2d(4), conv(4, 4, 3)
+    net = settled(Backwards(*parts), (4, 9, 9))
+    packed, x = pack_network(net), torch.randn(20, 4, 9, 9)
+    assert not has_thresholds(packed)
+    assert packed(x).equal(net(x))
+    assert has_thresholds(pack_network(nn.Sequential(*parts)))
+
+
+@pytest.mark.parametrize("hooked", [0, 1])
+def test_what_has_hooks_stays(hooked):
+    conv = partial(layers.BinaryConv2d, **BOTH)
+    net = settled(nn.Sequential(conv(4, 4, 3), nn.BatchNorm2d(4), conv(4, 4, 3)), (4, 9, 9))
+    net[hooked].register_forward_hook(lambda module, inputs, output: -output)
+    packed, x = pack_network(net), torch.randn(20, 4, 9, 9)
+    assert not has_thresholds(packed)
+    assert packed(x).equal(net(x))
+
+
+def test_a_layer_that_is_used_twice_is_packed_once_and_keeps_its_scale():
+    conv = layers.BinaryConv2d(4, 4, 3, padding=1, bias=True, **SCALED)
+    net = settled(nn.Sequential(conv, nn.BatchNorm2d(4), conv), (4, 6, 6))
+    packed, x = pack_network(net), torch.randn(20, 4, 6, 6)
+    assert packed[0] is packed[2]
+    assert type(packed[0]) is inference.PackedConv2d
+    assert not has_thresholds(packed)
+    torch.testing.assert_close(packed(x), net(x))
+
+
+def test_a_subclass_stays_because_it_may_compute_something_else():
+    class Negated(layers.BinaryLinear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    net = nn.Sequential(Negated(70, 3, **BOTH))
+    assert type(pack_network(net)[0]) is Negated
+
+
+def test_a_flattened_map_is_no_channel():
+    net = settled(nn.Sequential(layers.BinaryConv2d(4, 2, 3, **SCALED), nn.Flatten(),
+                                nn.BatchNorm1d(32), layers.BinaryLinear(32, 3, **BOTH)),
+                  (4, 6, 6))  # fmt: skip
+    packed = pack_network(net)
+    assert not has_thresholds(packed)
+    torch.testing.assert_close(packed(torch.ones(2, 4, 6, 6)), net(torch.ones(2, 4, 6, 6)))
+
+
+@pytest.mark.parametrize("options", [
+    {"padding_value": -1.0}, {"dilation": 2}, {"padding_mode": "circular"},
+])  # fmt: skip
+def test_experts_keep_their_geometry(options):
+    layer = layers.ExpertBinaryConv2d(4, 6, 3, experts=3, padding=1, **options)
+    nn.init.normal_(layer.gate.weight, std=5)
+    x = torch.randn(30, 4, 6, 6)
+    packed = pack_network(layer)
+    assert packed(x).equal(layer(x))
+    assert packed(x[:0]).shape == layer(x)[:0].shape
+    assert packed.gate is not layer.gate
+
+
+def test_inputs_whose_channels_lie_last_give_such_outputs():
+    for kernel in (1, 3):
+        layer = layers.BinaryConv2d(8, 6, kernel, **BOTH)
+        x = torch.randn(5, 8, 7, 7).to(memory_format=torch.channels_last)
+        found, expected = pack_network(layer)(x), layer(x)
+        assert found.equal(expected)
+        assert found.stride() == expected.stride()
+
+
+def test_thresholds_of_wide_layers_are_found_in_blocks(monkeypatch):
+    norm = normalisation(300)
+    whole = thresholds(norm, 200, (300,))
+    monkeypatch.setattr(inference, "BLOCK", 1000)
+    assert all(a.equal(b) for a, b in zip(whole, thresholds(norm, 200, (300,)), strict=True))
+
+
 def test_first_layers_with_real_inputs_keep_their_norm():
     net = settled(binaryconnect_mlp(64, (32, 32)), (64,))
     packed, x = pack_network(net), torch.randn(20, 64)
