@@ -160,7 +160,7 @@ CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
 }
 BASE: dict[str, dict] = {
     "alpha_decay": {"small": replace(SMALL, alpha=0.1), "full": replace(FULL, alpha=0.01)},
-    "gamma_sweep": {"small": replace(SMALL, alpha=0.1), "full": FULL},
+    "gamma_sweep": {"small": replace(SMALL, alpha=0.1), "full": replace(FULL, alpha=0.01)},
     "latent_parity": {
         "small": replace(SMALL, decay="cosine"), "full": replace(FULL, decay="cosine")
     },
