@@ -427,16 +427,21 @@ def pack_network(model: nn.Module) -> nn.Module:
     """
     holder = nn.ModuleList([copy.deepcopy(model).eval()])  # the model's parent
     modules = list(holder.modules())
-    uses = Counter(id(child) for parent in modules for child in parent._modules.values())
     packed = {id(m): _packed_if_possible(m) for m in modules if type(m) in PACKED}
     for parent in modules:
-        for name, child in parent._modules.items():  # unlike children(), twice if it is used twice
+        for name, child in parent._modules.items():  # of one used twice, both
             parent._modules[name] = packed.get(id(child), child)
-    shared = {id(packed[key]) for key in packed if uses[key] > 1}
+    shared = _shared(modules)
     for parent in modules:
         if type(parent).forward is nn.Sequential.forward:
             _fold(parent, shared)
     return holder[0]
+
+
+def _shared(modules: list[nn.Module]) -> set[int]:
+    """Return the ids of the parts that stand in more than one place of these modules."""
+    places = Counter(id(part) for module in modules for part in module._modules.values())
+    return {key for key, count in places.items() if count > 1}
 
 
 def _packed_if_possible(layer: BinaryLayer) -> nn.Module:
@@ -459,9 +464,8 @@ def _fold(sequence: nn.Sequential, shared: set[int]) -> None:
     for index, norm in enumerate(layers):
         before = _next(layers[:index][::-1], MONOTONE)
         after = _next(layers[index + 1 :], (*MONOTONE, nn.Flatten))
-        if not (_multiplies_bits(before) and _multiplies_bits(after) and _is_fixed(norm)):
-            continue
-        if _has_integers(before) or _can_give_up_reals(before, norm, shared):
+        foldable = _multiplies_bits(before) and _multiplies_bits(after) and _is_fixed(norm)
+        if foldable and (_has_integers(before) or _can_give_up_reals(before, norm, shared)):
             sequence[index] = _threshold(before, norm).eval()
             before.scale = before.bias = None  # they are in the threshold now
 
