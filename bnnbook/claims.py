@@ -165,7 +165,7 @@ def recorded_sets(
     for run in records.read_all(experiment, root) if known else ():
         counts = run.scale == "full" and (shortened or not run.shortened)
         if counts and run.variant in variants:
-            key = run.recipe["epochs"], run.seed, run.recipe.get("precision", "float32")
+            key = run.recipe["epochs"], run.seed, run.precision
             found.setdefault(key, {})[run.variant] = run
     complete = {key: runs for key, runs in found.items() if len(runs) == len(set(variants))}
     longest = max((key[0] for key in complete), default=None)

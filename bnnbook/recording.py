@@ -80,8 +80,8 @@ def _way_of_computing(device: str) -> str:
     """Return what sets checkpoints apart from those of a CPU in float32: "-cuda", for example."""
     chosen = training.choose_device(device)
     kind = "" if chosen.type == "cpu" else f"-{chosen.type}"
-    precision = training.precision(chosen)
-    return kind if precision == training.usual_precision(chosen) else f"{kind}-{precision}"
+    is_usual = training.autocast_dtype(chosen) == training.usual_dtype(chosen)
+    return kind if is_usual else f"{kind}-{training.precision(chosen)}"
 
 
 def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int] = SEEDS,
@@ -197,11 +197,6 @@ def conditions(device: str) -> tuple[str, str]:
     return records.device_name(chosen), training.precision(chosen)
 
 
-def _made_in(record: Record) -> tuple[str | None, str]:
-    """Return the device and the precision of a record."""
-    return record.environment.get("device"), record.recipe.get("precision", "float32")
-
-
 def seconds_an_epoch(here: tuple[str, str], folders: Iterable) -> dict[tuple[str, ...], float]:
     """Return how many seconds an epoch took in the records made on a device, in a precision.
 
@@ -212,7 +207,7 @@ def seconds_an_epoch(here: tuple[str, str], folders: Iterable) -> dict[tuple[str
     found: dict[tuple[str, ...], float] = {}
     for folder in folders:
         for record in records.read_all(root=folder):
-            if _made_in(record) == here:
+            if (record.environment.get("device"), record.precision) == here:
                 _add_pace(found, record)
     return found
 
@@ -459,7 +454,8 @@ class _Crew:
     def learn(self, job: Job) -> None:
         """Use the pace of a finished run to estimate those to come."""
         record = read_record(job, self.results)
-        if record is not None and _made_in(record) == conditions(self.device):
+        here = conditions(self.device)
+        if record is not None and (record.environment.get("device"), record.precision) == here:
             _add_pace(self.measured, record)
 
     def tell(self, text: str) -> None:

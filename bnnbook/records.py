@@ -69,10 +69,15 @@ class Record:
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def precision(self) -> str:
+        """The name of the dtype that training computed in."""
+        return self.recipe.get("precision", "float32")
+
+    @property
     def made_on(self) -> str:
         """The device's name, and the precision if that was not float32."""
-        device, precision = self.environment["device"], self.recipe.get("precision", "float32")
-        return device if precision == "float32" else f"{device} in {precision}"
+        device = self.environment["device"]
+        return device if self.precision == "float32" else f"{device} in {self.precision}"
 
 
 # --- Where, and by what ------------------------------------------------------------------------

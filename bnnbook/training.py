@@ -117,16 +117,7 @@ def precision(device: torch.device) -> str:
     >>> precision(torch.device("cpu"))
     'float32'
     """
-    return _name_of(autocast_dtype(device))
-
-
-def usual_precision(device: torch.device) -> str:
-    """Return what `precision` returns where BNNBOOK_PRECISION names nothing else."""
-    return _name_of(usual_dtype(device))
-
-
-def _name_of(dtype: torch.dtype | None) -> str:
-    return str(dtype or torch.float32).removeprefix("torch.")
+    return str(autocast_dtype(device) or torch.float32).removeprefix("torch.")
 
 
 def _autocast(device: torch.device, enabled: bool = True):

@@ -402,16 +402,16 @@ def test_a_cpu_computes_in_float32_unless_asked_otherwise(monkeypatch):
         monkeypatch.setenv("BNNBOOK_PRECISION", name)
         assert training.autocast_dtype(cpu) is dtype
         assert training.precision(cpu) == ("float32" if dtype is None else name)
-        assert training.usual_precision(cpu) == "float32"
+        assert training.usual_dtype(cpu) is None
 
 
 def test_a_gpu_computes_in_float32_if_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     gpu = torch.device("cuda")
-    assert training.precision(gpu) == training.usual_precision(gpu) == "bfloat16"
+    assert training.precision(gpu) == "bfloat16"
     monkeypatch.setenv("BNNBOOK_PRECISION", "float32")
     assert training.autocast_dtype(gpu) is None
-    assert (training.precision(gpu), training.usual_precision(gpu)) == ("float32", "bfloat16")
+    assert (training.precision(gpu), training.usual_dtype(gpu)) == ("float32", torch.bfloat16)
 
 
 def test_an_unknown_precision_is_refused(monkeypatch):
