@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -284,9 +285,19 @@ def glue(name: str, text: str) -> None:
         raise TypeError(
             f"glue({name!r}, …) takes text, not {type(text).__name__}: format it first"
         )
+    # the page shows the value of what reads as a Python literal: 1.00 as 1.0, but "1.00" as 1.00
+    shown = repr(text) if _is_literal(text) else text
     prefix = "application/papermill.record/"
     scrapbook = {"name": name, "mime_prefix": prefix}
-    display({f"{prefix}text/plain": text}, raw=True, metadata={"scrapbook": scrapbook})
+    display({f"{prefix}text/plain": shown}, raw=True, metadata={"scrapbook": scrapbook})
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        literal_eval(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def from_notebook(nb: Mapping[str, Any]) -> list[dict[str, Any]]:

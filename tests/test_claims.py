@@ -366,6 +366,16 @@ def test_glue_displays_raw_with_metadata(monkeypatch):
     assert again[0] != arguments
 
 
+@pytest.mark.parametrize("text", ["1.00", "0.10", "12", "(1, 2)", "'", "1,000", "0.5 %", "", "−3"])
+def test_glued_text_is_shown_as_it_is(text, monkeypatch):
+    """The page's tool evaluates what reads as a literal: 1.00 used to be shown as 1.0."""
+    variables = pytest.importorskip("myst_nb.core.variables")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.extend(data.values()))
+    claims.glue("x", text)
+    assert variables.format_plain_text(shown[0], "") == text
+
+
 def notebook(*found):
     outputs = [{"output_type": "execute_result", "data": {MIME: c}} for c in found]
     cells = [{"cell_type": "markdown", "source": "text"}]
