@@ -1,4 +1,7 @@
-"""A training step of Bi-Real Net 20 at batch 256, against one without binarisation."""
+"""A training step of Bi-Real Net 20 at batch 256, against one without binarisation.
+
+And against one with torch's global average pooling, on a CPU in bfloat16 as well.
+"""
 
 import torch
 from torch import nn
@@ -23,13 +26,14 @@ def network(device: torch.device, weights=None, inputs=approx_sign) -> nn.Module
     return model.to(device, memory_format=torch.channels_last).train()
 
 
-def step_of(model: nn.Module, optimizers, device: torch.device, compiled: bool = False):
-    """Return one training step on a fixed batch; compiled as `training.train(compile=True)`."""
+def step_of(model: nn.Module, optimizers, device: torch.device, compiled: bool = False,
+            dtype: torch.dtype | None = None):  # fmt: skip
+    """Return a training step on a fixed batch; compiled as by `training.train(compile=True)`."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, 32, 32, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (BATCH,), generator=generator).to(device)
-    dtype = autocast_dtype(device)
+    dtype = dtype or autocast_dtype(device)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
@@ -61,6 +65,17 @@ def latent_step(device: torch.device, weights, inputs, compiled: bool = False):
     return step_of(model, [sgd(model.parameters())], device, compiled)
 
 
+def pooling_steps(device: torch.device, dtype: torch.dtype | None) -> dict:
+    """Return the latent step with the library's global average pooling and with torch's."""
+    steps = {}
+    for name in ("ours", "torch"):
+        model = network(device, ste_sign)
+        if name == "torch":
+            model.output[0] = nn.AdaptiveAvgPool2d(1)
+        steps[name] = step_of(model, [sgd(model.parameters())], device, dtype=dtype)
+    return steps
+
+
 def run(device: torch.device, repeats: int) -> list[dict]:
     """Time the steps; the goal is for the compiled ones, where the sign needs no separate pass."""
     functions = {}
@@ -78,4 +93,8 @@ def run(device: torch.device, repeats: int) -> list[dict]:
             real = times[f"real{compiled}"]
             goal, met = ("<= 1.15", time <= 1.15 * real) if compiled else ("", None)
             table.append(row(f"{name} / real{compiled}", time, real, goal, met))
+    for dtype in {autocast_dtype(device), torch.bfloat16}:
+        times = best(pooling_steps(device, dtype), device, repeats)
+        what = f"pooling by channel / AdaptiveAvgPool2d, {dtype or 'torch.float32'}"
+        table.append(row(what.replace("torch.", ""), times["ours"], times["torch"], "", None))
     return table

@@ -20,6 +20,7 @@ from bnnbook.layers import (
     BinaryLayer,
     BinaryLinear,
     ExpertBinaryConv2d,
+    channel_means,
 )
 
 WORD = 64  # bits
@@ -313,7 +314,7 @@ class PackedExpertConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of each sample with the kernel that its gate chooses."""
         _check_maps(x, self.gate.in_features)
-        chosen = self.gate(x.mean((2, 3))).argmax(1).tolist()
+        chosen = self.gate(channel_means(x)).argmax(1).tolist()
         pairs = zip(chosen or [0], x.split(1), strict=True)  # no samples: any kernel will do
         return torch.cat([self.experts[k](sample) for k, sample in pairs])
 

@@ -779,6 +779,21 @@ def test_a_refused_load_leaves_the_binary_weights():
     assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_global_average_pool_is_torchs_but_for_the_layout_of_the_gradient(dtype, device):
+    torch.manual_seed(0)
+    layout = {"memory_format": torch.channels_last}
+    x = torch.randn(3, 5, 7, 4, device=device, dtype=dtype).contiguous(**layout).requires_grad_()
+    upstream = torch.randn(3, 5, 1, 1, device=device, dtype=dtype)
+    ours, torchs = layers.GlobalAveragePool()(x), nn.AdaptiveAvgPool2d(1)(x)
+    torch.testing.assert_close(ours, torchs)
+    torch.testing.assert_close(layers.channel_means(x), x.mean((2, 3)))
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (ours, torchs)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].is_contiguous(**layout)
+
+
 def test_an_expert_layer_can_be_laid_out_channels_last():
     torch.manual_seed(0)
     layer = layers.ExpertBinaryConv2d(4, 6, 3, experts=3)

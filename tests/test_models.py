@@ -728,6 +728,27 @@ def test_everything_public_is_exported():
     assert all(callable(getattr(models, name)) for name in models.__all__)
 
 
+@pytest.mark.parametrize("name", ["bireal", "bireal, binary", "one expert"])
+def test_gradients_keep_the_layout_of_channels_last(name):
+    """One contiguous gradient, such as that of torch's mean, would spread over a residual path."""
+    torch.manual_seed(0)
+    net = SMALL[name]().to(memory_format=torch.channels_last)
+    layouts = []
+
+    def note(module, inputs, outputs):
+        if outputs.dim() == 4 and min(outputs.shape[1:]) > 1:  # else both layouts are one
+            outputs.register_hook(
+                lambda g: layouts.append(g.is_contiguous(memory_format=torch.channels_last))
+            )
+
+    for module in net.modules():
+        module.register_forward_hook(note)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    net(x).square().sum().backward()
+    assert len(layouts) > 5
+    assert all(layouts)
+
+
 def test_order_of_layers_in_binaryconnects_networks():
     """Batch norm and ReLU follow the pooling; the output has batch norm and no ReLU."""
     linear, conv = ["BinaryLinear", "BatchNorm1d"], ["BinaryConv2d", "BatchNorm2d", "ReLU"]

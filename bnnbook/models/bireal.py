@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnnbook.binarize import approx_sign, magnitude_aware_sign
-from bnnbook.layers import BinaryConv2d
+from bnnbook.layers import BinaryConv2d, GlobalAveragePool
 from bnnbook.models._arguments import (
     check_choice,
     check_counts,
@@ -149,5 +149,5 @@ def _birealnet(stem, classes, in_channels, widths, convolutions, shortcut, paddi
             blocks.append(BiRealBlock(channels, width, stride, conv=conv, shortcut=shortcut))
             channels = width
         parts[f"stage{number}"] = nn.Sequential(*blocks)
-    output = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    output = nn.Sequential(GlobalAveragePool(), nn.Flatten(), nn.Linear(channels, classes))
     return nn.Sequential(parts | {"output": output})

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from bnnbook.binarize import ste_sign
-from bnnbook.layers import BinaryConv2d, ChannelScale, DataDrivenScale, ExpertBinaryConv2d
+from bnnbook.layers import (
+    BinaryConv2d,
+    ChannelScale,
+    DataDrivenScale,
+    ExpertBinaryConv2d,
+    GlobalAveragePool,
+)
 from bnnbook.models._arguments import (
     check_choice,
     check_counts,
@@ -193,7 +199,7 @@ def expertnet(classes: int = 10, *, blocks: Sequence[int] = (1, 1, 1, 1), expans
                 units.append(unit(outputs, outputs, 1))
             channels = outputs
         stages[f"stage{number + 1}"] = nn.Sequential(*units)
-    output = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+    output = [GlobalAveragePool(), nn.Flatten(), nn.Linear(channels, classes)]
     return nn.Sequential(stages | {"output": nn.Sequential(*output)})
 
 

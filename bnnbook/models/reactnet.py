@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnbook.binarize import approx_sign, magnitude_aware_sign
-from bnnbook.layers import BinaryConv2d, LearnableShift, RPReLU
+from bnnbook.layers import BinaryConv2d, GlobalAveragePool, LearnableShift, RPReLU
 from bnnbook.models._arguments import check_counts, check_quantizers
 from bnnbook.models.bireal import BINARY_CONV
 
@@ -75,7 +75,7 @@ def reactnet_small(classes: int = 10, *, in_channels: int = 3,
         step = 2 if number and outputs > inputs else 1
         blocks.append(ReActBlock(inputs, outputs, step, conv=conv))
     first = nn.Conv2d(in_channels, channels[0], 3, stride=stride, padding=1, bias=False)
-    output = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)]
+    output = [GlobalAveragePool(), nn.Flatten(), nn.Linear(channels[-1], classes)]
     return nn.Sequential(OrderedDict(stem=nn.Sequential(first, nn.BatchNorm2d(channels[0])),
                                      blocks=nn.Sequential(*blocks),
                                      output=nn.Sequential(*output)))  # fmt: skip
