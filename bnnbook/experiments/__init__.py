@@ -1,10 +1,11 @@
-"""The papers' experiments: one module per paper, one function per figure or table.
+"""The book's experiments: one module per paper and one beyond them, one function per comparison.
 
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
 from bnnbook.experiments import (
     alexnet,
+    beyond,
     binaryconnect,
     bulat2021,
     helwegen2019,
@@ -14,12 +15,26 @@ from bnnbook.experiments import (
 )
 from bnnbook.experiments.runs import check_settings as check_settings
 
-PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023, bulat2021, liu2021, martinez2020)
+MODULES = (
+    alexnet,
+    binaryconnect,
+    helwegen2019,
+    quist2023,
+    bulat2021,
+    liu2021,
+    martinez2020,
+    beyond,
+)
 
-# The order in which `bnnbook record` runs them: first the orders of filters, whose claims wait for
-# their records; then the papers' central figures and tables, one paper after the other; then what
-# other open claims wait for, the most useful for its running time first; last what takes days.
+# The order in which `bnnbook record` runs them: first what takes minutes, and the orders of
+# filters, whose claims wait for their records; then the papers' central figures and tables, one
+# paper after the other; then what other open claims wait for, the most useful for its running time
+# first; last what takes days.
 PRIORITY = (
+    "beyond.evidence",
+    "beyond.memory",
+    "beyond.rates",
+    "beyond.race",
     "quist2023.order",
     "quist2023.alpha_sweep",
     "quist2023.alpha_decay",
@@ -61,14 +76,14 @@ def names() -> list[str]:
     >>> "binaryconnect.table2" in names()
     True
     """
-    return [f"{_short(paper)}.{name}" for paper in PAPERS for name in paper.VARIANTS]
+    return [f"{_short(paper)}.{name}" for paper in MODULES for name in paper.VARIANTS]
 
 
 def find(name: str):
     """Return (function, variants, recipes) of an experiment such as "binaryconnect.table2"."""
     if name not in names():
         raise ValueError(f"unknown experiment {name!r}; known: {', '.join(names())}")
-    paper = next(p for p in PAPERS if name.startswith(_short(p) + "."))
+    paper = next(p for p in MODULES if name.startswith(_short(p) + "."))
     short = name.removeprefix(_short(paper) + ".")
     return getattr(paper, short), paper.VARIANTS[short], paper.RECIPES[short]
 
