@@ -157,7 +157,7 @@ BASE = {
 RECIPES = {name: {"small": replace(SMALL, **changes), "full": replace(FULL, **changes)}
            for name, changes in BASE.items()}  # fmt: skip
 VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
-TRIALS = {"small": 5, "full": 8}  # of `race`, for each rule and seed
+TRIALS = {"small": 5, "full": 6}  # of `race`, for each rule and seed
 HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
 
 
