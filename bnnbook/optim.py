@@ -415,7 +415,8 @@ class CounterSGD(FlipOptimizer):
     it flips if :math:`\varepsilon \nabla \theta > 1`, or with probability
     :math:`\varepsilon \nabla \theta / 2`.
 
-    params: latent weights, or groups of them; they become counters, the nearest to V times each.
+    params: latent weights, or groups of them; they become counters, the nearest to V times each
+    that have their sign.
     The counters are stored as floating-point numbers, exactly; a device would use b bits.
     lr: :math:`\varepsilon \ge 0`.
     bits: b, from 1 to 16.
@@ -445,7 +446,8 @@ class CounterSGD(FlipOptimizer):
         super().add_param_group(param_group)
         bound = 2 ** self.param_groups[-1]["bits"] - 1
         for weight in self.param_groups[-1]["params"]:
-            weight.copy_(_odd(weight * bound, bound, stochastic=False))
+            size = _odd(weight.abs() * bound, bound, stochastic=False)
+            weight.copy_(sign(weight) * size)  # the sign of a weight near 0 is kept, too
 
     @staticmethod
     def update(weights, gradients, buffers, lr, bits, stochastic) -> None:

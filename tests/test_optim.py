@@ -1026,6 +1026,14 @@ def test_stochastic_counters_are_right_on_average(bits):
         assert moved == (pytest.approx(0.05, abs=0.01) if stochastic else 0.0)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 5])
+def test_counters_start_with_the_signs_of_their_weights(bits):
+    top = 2**bits - 1
+    weight = nn.Parameter(torch.tensor([1e-18, -1e-18, 0.0, 1.0, -1.0, -0.99 / top, 2.0]))
+    optim.CounterSGD([weight], 1.0, bits)
+    assert weight.tolist() == [1.0, -1.0, 1.0, top, -top, -1.0, top]
+
+
 def test_counters_of_many_bits_train_as_clipped_sgd():
     torch.manual_seed(0)
     start, gradients = 2 * torch.rand(200) - 1, 0.1 * torch.randn(50, 200)
