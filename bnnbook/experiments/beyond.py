@@ -46,7 +46,7 @@ class Recipe:
     norm_images: int = 10_000  # training images from which batch-norm statistics are re-estimated
 
 
-SMALL = Recipe("digits", "perceptron", 8, 50)
+SMALL = Recipe("digits", "perceptron", 6, 50)
 FULL = Recipe("fashion-mnist", "perceptron784", 5, 250)
 NETWORKS = {
     "perceptron": quist2023.perceptron,
@@ -157,7 +157,7 @@ BASE = {
 RECIPES = {name: {"small": replace(SMALL, **changes), "full": replace(FULL, **changes)}
            for name, changes in BASE.items()}  # fmt: skip
 VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
-TRIALS = {"small": 5, "full": 6}  # of `race`, for each rule and seed
+TRIALS = {"small": 3, "full": 6}  # of `race`, for each rule and seed
 HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
 
 
