@@ -970,7 +970,8 @@ def test_rules_of_this_book_resume_bit_for_bit(make, tmp_path, press_ctrl_c_at):
         binary, real = optim.split_parameters(model)
         rules = [make(binary), torch.optim.SGD(real, 0.1)]
         training.train(model, data.load("digits"), rules, epochs=3, batch_size=100,
-                       probes=[probes.FlipRatio()], checkpoint=checkpoint, device="cpu")  # fmt: skip
+                       probes=[probes.FlipRatio()], checkpoint=checkpoint,
+                       device="cpu")  # fmt: skip
         return layer.weight
 
     straight = train()
