@@ -48,6 +48,20 @@ def test_the_variants_change_what_their_names_say():
     assert (exact.rule, exact.lr, exact.gamma) == ("latent", nearest.lr, 1.0)
 
 
+def test_what_falls_is_what_the_variant_names(monkeypatch):
+    """Seen in the optimizer after the last step: the fraction and alpha, or one of them, are 0."""
+    found, original = {}, beyond.build_optimizer
+    for variant in beyond.VARIANTS["decay"]:
+        kept = []
+        monkeypatch.setitem(beyond.fit.keywords, "choose",
+                            lambda *a, kept=kept: kept.append(original(*a)) or kept[0])  # fmt: skip
+        once("decay", variant)
+        group = kept[0].param_groups[0]
+        found[variant] = group["lr"] == 0, group["alpha"] == 0
+    assert found == {"none": (False, False), "number": (True, False), "alpha": (False, True),
+                     "both": (True, True)}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_record_is_complete(name):
     default = getattr(beyond, name).__defaults__[0]

@@ -34,6 +34,7 @@ PRIORITY = (
     "beyond.evidence",
     "beyond.memory",
     "beyond.rates",
+    "beyond.decay",
     "beyond.race",
     "quist2023.order",
     "quist2023.alpha_sweep",

@@ -18,7 +18,7 @@ from bnnbook import probes
 from bnnbook.experiments import quist2023
 from bnnbook.experiments.quist2023 import Fit, measured
 from bnnbook.experiments.runs import finished, recipe_at
-from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips
+from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips, rate_as_lr
 from bnnbook.records import Record, encode_array
 
 
@@ -80,6 +80,7 @@ RULES: dict[str, Callable] = {
     "latent": lambda w, r: LatentSGD(w, r.lr, r.gamma, clip=1.0),
     "adam": clipped_adam,
     "ranked": lambda w, r: RankedFlips(w, r.fraction, r.evidence, r.alpha, r.gamma),
+    "ranked-slowing": lambda w, r: RankedFlips(w, r.fraction, r.evidence, r.alpha, r.gamma),
     "counter": lambda w, r: CounterSGD(w, r.lr, r.bits, stochastic=r.stochastic),
 }
 LATENT = ("latent", "adam", "counter")  # rules of latent weights, which start at 0 in effect
@@ -106,7 +107,16 @@ def build_optimizer(weights, recipe: Recipe) -> torch.optim.Optimizer:
     return RULES[recipe.rule](weights, recipe)
 
 
-fit = partial(quist2023.fit, build=build_model, choose=build_optimizer)
+def schedules(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> list:
+    """Return the schedules of the rule; alpha of "ranked-slowing" falls as a cosine, too."""
+    found = quist2023.binary_schedules(optimizer, recipe, steps)
+    if recipe.rule == "ranked-slowing":
+        alpha = rate_as_lr(optimizer, "alpha")
+        found.append(quist2023.EachStep(alpha, quist2023.cosine, steps))
+    return found
+
+
+fit = partial(quist2023.fit, build=build_model, choose=build_optimizer, schedules=schedules)
 
 
 def draw(rule: str, trial: int, seed: int, recipe: Recipe) -> Recipe:
@@ -134,6 +144,14 @@ def _rates(recipe: Recipe) -> dict[str, dict]:
             for alpha in (1.0, 0.1, 0.01, 0.001)}  # fmt: skip
 
 
+def _decay(recipe: Recipe) -> dict[str, dict]:
+    """Return what falls as a cosine: the number of flips, alpha by which they are chosen, both."""
+    rules = {"none": "ranked", "number": "ranked", "alpha": "ranked-slowing",
+             "both": "ranked-slowing"}  # fmt: skip
+    return {name: {"rule": rule, "decay": "cosine" if name in ("number", "both") else "none"}
+            for name, rule in rules.items()}  # fmt: skip
+
+
 def _memory(recipe: Recipe) -> dict[str, dict]:
     """Return counters of some bits with both roundings, and float32."""
     return {"float": {"rule": "latent"}} | {
@@ -145,12 +163,14 @@ def _memory(recipe: Recipe) -> dict[str, dict]:
 CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
     "evidence": _evidence,
     "rates": _rates,
+    "decay": _decay,
     "memory": _memory,
     "race": lambda recipe: {rule: {"rule": rule} for rule in SPACE},
 }
 BASE = {
     "evidence": {"rule": "ranked"},
     "rates": {"rule": "ranked"},
+    "decay": {},
     "memory": {"rule": "counter", "gamma": 1.0, "lr": 100.0},
     "race": {},
 }
@@ -187,6 +207,15 @@ def rates(variant: str = "ranked-0.01", *, seed: int = 0, scale: str = "small",
     ``epochs`` and ``run`` as in `evidence`.
     """
     return _run("rates", variant, seed, scale, epochs, **run)
+
+
+def decay(variant: str = "both", *, seed: int = 0, scale: str = "small",
+          epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Let the number of flips fall, or alpha, by which they are chosen, or both, or neither.
+
+    ``epochs`` and ``run`` as in `evidence`.
+    """
+    return _run("decay", variant, seed, scale, epochs, **run)
 
 
 def memory(variant: str = "stochastic-4", *, seed: int = 0, scale: str = "small",

@@ -278,14 +278,19 @@ def real_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD([g for g in groups if g["params"]], recipe.real_lr, momentum=0.9)
 
 
+def binary_schedules(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> list:
+    """Return the schedules of the binary weights' optimizer over so many steps."""
+    return [EachStep(optimizer, DECAYS[recipe.decay], steps)]
+
+
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None, samples: Sequence[probes.GradientSample] = (),
         build: Callable = build_model, choose: Callable = binary_optimizer,
-        validation: int = 0) -> Fit:  # fmt: skip
+        schedules: Callable = binary_schedules, validation: int = 0) -> Fit:  # fmt: skip
     """Train the recipe's network; ``samples`` record gradients during training.
 
-    build, choose: functions of a recipe, and of weights and a recipe, that return the network and
-    the optimizer of its binary weights.
+    build, choose, schedules: functions, like the default ones, that return the network, the
+    optimizer of its binary weights and the schedules of that optimizer.
     validation: how many of the training images to hold out.
     """
     device = training.choose_device(device)
@@ -301,8 +306,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
     history = training.train(
         model, dataset, [binary, real], epochs=recipe.epochs, batch_size=recipe.batch_size,
         augment=data.crop_flip(padding=4) if recipe.augment else None, preprocess=preprocess,
-        schedulers=[EachStep(binary, DECAYS[recipe.decay], steps),
-                    EachStep(real, DECAYS["cosine"], steps)],
+        schedulers=[*schedules(binary, recipe, steps), EachStep(real, DECAYS["cosine"], steps)],
         probes=[flips, *samples], seed=seed, device=device, checkpoint=checkpoint,
         progress=progress, graph=True,
     )  # fmt: skip
