@@ -1,7 +1,7 @@
 """Optimizers for binary weights, the choice of their parameters, and learning-rate scaling.
 
-The three update rules are of one family: the gradient is filtered, and a weight flips when it has
-the sign of its filtered gradient and that gradient exceeds a threshold.
+The papers' three update rules are of one family: the gradient is filtered, and a weight flips when
+it has the sign of its filtered gradient and that gradient exceeds a threshold.
 
 - `Bop` keeps weights of exactly -1 or +1 and one moving average, of rate gamma; any threshold.
 - `CascadedEMA` keeps weights of exactly -1 or +1 and two averages, of rates gamma and alpha, one
@@ -9,13 +9,18 @@ the sign of its filtered gradient and that gradient exceeds a threshold.
 - `LatentSGD` keeps real (latent) weights, of which the sign is used. Started from 0, they are a
   scaled copy of the cascade's second average, with alpha = lr times weight_decay.
 
+Two more are this book's own, and take such rules apart. `RankedFlips` is told how many weights
+flip and chooses which; `CounterSGD` keeps latent weights in integers of a few bits.
+
 ``group["lr"]`` is the rate that a torch scheduler decays: alpha of `CascadedEMA`, gamma of `Bop`,
-the learning rate of `LatentSGD`. `rate_as_lr` lets a scheduler set any other rate.
+the learning rate of `LatentSGD` and `CounterSGD`, the fraction of `RankedFlips`. `rate_as_lr` lets
+a scheduler set any other rate.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +29,7 @@ from bnnbook.binarize import sign, stochastic_sign
 from bnnbook.layers import binary_layers, clip_latent_weights
 
 Tensors = list[Tensor]
+TINY = 1e-30  # below any gradient's root mean square that is not 0
 
 
 def decayed_sum(sums: Tensors, terms: Tensors, decay, scale) -> None:
@@ -60,7 +66,7 @@ def flip_where(weights: Tensors, filtered: Tensors, threshold) -> None:
 
 
 class FlipOptimizer(torch.optim.Optimizer):
-    """Base class of `Bop`, `CascadedEMA` and `LatentSGD`: all but their update rules.
+    """Base class of the optimizers of binary and latent weights: all but their update rules.
 
     A subclass defines ``buffers`` (the names of a weight's buffers, which start at 0), ``check``
     (the bounds of a group's numbers), ``rates`` (the numbers that a step takes) and ``update``
@@ -391,6 +397,221 @@ class LatentSGD(FlipOptimizer):
         clip = () if group["clip"] is None else (group["clip"],)
         lr = group["lr"]
         return _scheduled(group, "gamma"), lr * group["weight_decay"], lr, *clip
+
+
+class CounterSGD(FlipOptimizer):
+    r"""Train latent weights by clipped SGD, kept in counters of b bits (this book's experiment).
+
+    A counter v is one of the :math:`2^b` odd integers from :math:`-V` to V,
+    :math:`V = 2^b - 1`; it stands for the latent weight :math:`v / V`, its sign for the binary
+    weight. With :math:`\nabla` the gradient that reaches the binary weight,
+
+    .. math:: v \leftarrow \operatorname{clip}\big(R(v - \varepsilon V \nabla), -V, V\big)
+
+    R rounds to an odd integer: to the nearest one, upwards on a tie, or to one of the two
+    neighbours at random, so that the mean is right. As b grows this becomes `LatentSGD` with
+    gamma 1 and clip 1, the SGD of BinaryConnect. Rounded to nearest, an update of
+    :math:`\varepsilon |\nabla| < 1/V` is lost. With one bit there is no memory but the weight:
+    it flips if :math:`\varepsilon \nabla \theta > 1`, or with probability
+    :math:`\varepsilon \nabla \theta / 2`.
+
+    params: latent weights, or groups of them; they become counters, the nearest to V times each
+    that have their sign.
+    The counters are stored as floating-point numbers, exactly; a device would use b bits.
+    lr: :math:`\varepsilon \ge 0`.
+    bits: b, from 1 to 16.
+    stochastic: how R rounds; the numbers are drawn from torch's global generator.
+
+    State: none. Raises ValueError for numbers outside these bounds.
+
+    >>> weight = nn.Parameter(torch.tensor([0.1, -0.5]))
+    >>> optimizer = CounterSGD([weight], lr=0.5, bits=2, stochastic=False)
+    >>> weight.data
+    tensor([ 1., -1.])
+    >>> weight.grad = torch.tensor([1.0, 0.2])
+    >>> optimizer.step(); weight.data
+    tensor([-1., -1.])
+    """
+
+    lr_name = "lr"
+    binary = False
+
+    def __init__(self, params: Iterable, lr: float, bits: int, *, stochastic: bool = True):
+        defaults = {"lr": lr, "bits": bits, "stochastic": stochastic}
+        super().__init__(params, {**defaults, "fused": False})
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, after a check of its numbers; its weights become counters."""
+        super().add_param_group(param_group)
+        bound = 2 ** self.param_groups[-1]["bits"] - 1
+        for weight in self.param_groups[-1]["params"]:
+            size = _odd(weight.abs() * bound, bound, stochastic=False)
+            weight.copy_(sign(weight) * size)  # the sign of a weight near 0 is kept, too
+
+    @staticmethod
+    def update(weights, gradients, buffers, lr, bits, stochastic) -> None:
+        """Do one step of the rule on lists of tensors."""
+        bound = 2**bits - 1
+        for counter, gradient in zip(weights, gradients, strict=True):
+            moved = torch.add(counter, gradient, alpha=-lr * bound)
+            counter.copy_(_odd(moved, bound, stochastic))
+
+    @staticmethod
+    def buffers(group: dict) -> tuple[str, ...]:
+        """Name the buffers: none."""
+        return ()
+
+    @staticmethod
+    def check(group: dict) -> None:
+        """Raise ValueError unless lr and bits lie within their bounds."""
+        if not 0 <= group["lr"] < math.inf:
+            raise ValueError(f"lr must be a number >= 0, not {group['lr']}")
+        if type(group["bits"]) is not int or not 1 <= group["bits"] <= 16:
+            raise ValueError(f"bits must be an integer from 1 to 16, not {group['bits']}")
+
+    @staticmethod
+    def rates(group: dict) -> tuple:
+        """Return lr, bits and the kind of rounding."""
+        return group["lr"], group["bits"], group["stochastic"]
+
+
+def _odd(values: Tensor, bound: int, stochastic: bool) -> Tensor:
+    """Round to odd integers and clip to ±bound, which is odd."""
+    pairs = (values + 1) / 2  # odd integers become integers
+    offset = torch.rand_like(pairs) if stochastic else 0.5
+    return torch.floor(pairs + offset).mul_(2).sub_(1).clamp_(-bound, bound)
+
+
+class RankedFlips(FlipOptimizer):
+    r"""Flip a given number of weights, those with the strongest evidence (this book's experiment).
+
+    In step t each weight tensor, of n elements, flips :math:`k = f_t n` of them, a fraction being
+    rounded up or down at random so that the mean is right. They are those with the largest
+    :math:`e\,\theta`, as far as it is positive, where e is the ``evidence``:
+
+    - "gradient": this batch's gradient :math:`\nabla`;
+    - "first": its moving average m of rate :math:`\alpha`;
+    - "second": the :math:`g` of `CascadedEMA`, of rates :math:`\gamma` and :math:`\alpha`;
+    - "normalised": :math:`m / \sqrt{v}` as in Adam, v being the average of :math:`\nabla^2`, both
+      of rate :math:`\alpha` (Adam's corrections of the start would not change the order);
+    - "asked": random numbers, for the weights that the second order asks to flip, those with
+      :math:`g\,\theta > 0`;
+    - "random": random numbers, for all weights.
+
+    The rule is of no paper: it separates *how many* weights flip, which all the papers' rules
+    decide implicitly, from *which*. A weight without evidence, :math:`e = 0`, does not flip. Of
+    equal ones the first flip, in the order of the tensor's elements.
+
+    params: weights of layers with ``weight_quantizer=None``, or groups of them; they become ±1.
+    fraction: f in (0, 1]. This is ``group["lr"]``, which any torch scheduler may decay, down to 0.
+    evidence: one of the names above.
+    alpha, gamma: the rates, in (0, 1].
+
+    State: none, one or two buffers per weight. On a GPU each step waits for the device. Random
+    numbers come from torch's global generators. Raises ValueError for an unknown evidence and for
+    a rate outside its bounds.
+
+    >>> weight = nn.Parameter(torch.tensor([1.0, 1.0, -1.0, 1.0]))
+    >>> optimizer = RankedFlips([weight], fraction=0.25, evidence="gradient")
+    >>> weight.grad = torch.tensor([0.2, 0.3, 0.9, -0.9])
+    >>> optimizer.step(); weight.data
+    tensor([ 1., -1., -1.,  1.])
+    """
+
+    lr_name = "fraction"
+    BUFFERS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "gradient": (),
+        "first": ("filtered_gradient",),
+        "second": ("momentum", "filtered_gradient"),
+        "normalised": ("filtered_gradient", "square"),
+        "asked": ("momentum", "filtered_gradient"),
+        "random": (),
+    }
+
+    def __init__(self, params: Iterable, fraction: float, evidence: str = "second",
+                 alpha: float = 0.01, gamma: float = 0.1):  # fmt: skip
+        defaults = {"fraction": fraction, "evidence": evidence, "alpha": alpha, "gamma": gamma}
+        super().__init__(params, {**defaults, "fused": False})
+
+    @staticmethod
+    def update(weights, gradients, buffers, fraction, evidence, alpha, gamma) -> None:
+        """Do one step of the rule on lists of tensors."""
+        found = _average(gradients, buffers, evidence, alpha, gamma)
+        for weight, e in zip(weights, found, strict=True):
+            strength = e * weight
+            if evidence in ("asked", "random"):
+                asked = strength > 0 if evidence == "asked" else True
+                strength = (1 - torch.rand_like(strength)) * asked
+            count = int(fraction * weight.numel() + torch.rand(()).item())
+            flip_strongest(weight, strength, count)
+
+    @staticmethod
+    def buffers(group: dict) -> tuple[str, ...]:
+        """Name the buffers that the evidence takes."""
+        return RankedFlips.BUFFERS[group["evidence"]]
+
+    @staticmethod
+    def check(group: dict) -> None:
+        """Raise ValueError for an unknown evidence, or a rate outside (0, 1]."""
+        if group["evidence"] not in RankedFlips.BUFFERS:
+            known = ", ".join(RankedFlips.BUFFERS)
+            raise ValueError(f"unknown evidence {group['evidence']!r}; known: {known}")
+        _check_rate("fraction", group["lr"])
+        _check_rate("alpha", group["alpha"])
+        _check_rate("gamma", group["gamma"])
+
+    @staticmethod
+    def rates(group: dict) -> tuple:
+        """Return the fraction as it is in this step, the evidence and the averages' rates."""
+        averages = _scheduled(group, "alpha"), _scheduled(group, "gamma")
+        return _scheduled(group, "lr"), group["evidence"], *averages
+
+
+def _average(gradients: Tensors, buffers, evidence: str, alpha, gamma) -> Tensors:
+    """Update the buffers in place and return the evidence e of `RankedFlips`."""
+    if not buffers:
+        return gradients
+    if evidence == "first":
+        (m,) = buffers
+        decayed_sum(m, gradients, alpha, alpha)
+        return m
+    if evidence == "normalised":
+        m, v = buffers
+        decayed_sum(m, gradients, alpha, alpha)
+        decayed_sum(v, torch._foreach_mul(gradients, gradients), alpha, alpha)
+        # 0 where no gradient ever came, instead of 0/0
+        return [a / b.sqrt().clamp_min(TINY) for a, b in zip(m, v, strict=True)]
+    m, g = buffers
+    decayed_sum(m, gradients, gamma, gamma)
+    decayed_sum(g, m, alpha, alpha)
+    return g
+
+
+def flip_strongest(weight: Tensor, strength: Tensor, count: int) -> None:
+    """Flip in place the ``count`` weights of the largest positive strength, the first on ties.
+
+    weight, strength: of one shape. Fewer flip if fewer are positive; NaN flips nothing.
+
+    >>> weight = torch.ones(4)
+    >>> flip_strongest(weight, torch.tensor([0.5, -2.0, 0.5, 0.7]), 2); weight
+    tensor([-1.,  1.,  1., -1.])
+    """
+    if not count:
+        return
+    flat = strength.flatten()
+    least = flat.topk(count, sorted=False).values.min()
+    if not least > 0:  # too few are positive, or there are NaN
+        flat = torch.where(flat > 0, flat, 0.0)
+        count = min(count, int(flat.count_nonzero()))
+        least = flat.topk(count, sorted=False).values.min() if count else math.inf
+    index = (flat >= least).nonzero().squeeze(1)
+    if len(index) > count:
+        tied = flat[index] == least
+        index = index[~tied | (tied.cumsum(0) <= count - (~tied).sum())]
+    flipped = weight.flatten()
+    flipped[index] = -flipped[index]
+    weight.copy_(flipped.view(weight.shape))
 
 
 def _scheduled(group: dict, name: str) -> float:

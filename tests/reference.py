@@ -79,6 +79,47 @@ def latent_sgd_step(w, m, gradient, lr, gamma, weight_decay, clip=np.inf):
     return w, m
 
 
+def ranked_flips(w, strength, count):
+    """This book's rule: flip the count weights of the largest positive strength, first on ties."""
+    w = w.copy()
+    flat = [float(strength[i]) for i in np.ndindex(w.shape)]
+    order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))
+    for position in order[:count]:
+        if flat[position] > 0:
+            index = np.unravel_index(position, w.shape)
+            w[index] = -w[index]
+    return w
+
+
+def evidence_step(kind, m, s, gradient, alpha, gamma):
+    """The evidence of RankedFlips; returns it and both buffers."""
+    e, m, s = np.empty_like(m), m.copy(), s.copy()
+    for i in np.ndindex(m.shape):
+        if kind == "gradient":
+            e[i] = gradient[i]
+        elif kind == "first":
+            e[i] = m[i] = (1 - alpha) * m[i] + alpha * gradient[i]
+        elif kind == "second":
+            m[i] = (1 - gamma) * m[i] + gamma * gradient[i]
+            e[i] = s[i] = (1 - alpha) * s[i] + alpha * m[i]
+        else:
+            m[i] = (1 - alpha) * m[i] + alpha * gradient[i]
+            s[i] = (1 - alpha) * s[i] + alpha * gradient[i] ** 2
+            e[i] = m[i] / np.sqrt(s[i])
+    return e, m, s
+
+
+def counter_step(level, gradient, lr, bits):
+    """This book's counter, levels 0 ... 2^b - 1 of the latent weights -1 ... 1, to nearest."""
+    level = level.copy()
+    top = 2**bits - 1
+    for i in np.ndindex(level.shape):
+        latent = 2 * level[i] / top - 1 - lr * gradient[i]
+        nearest = int(np.floor((latent + 1) / 2 * top + 0.5))
+        level[i] = min(max(nearest, 0), top)
+    return level
+
+
 def pack(signs) -> list[int]:
     """One word for every 64 signs, bit i of a word being 1 where its i-th sign is not negative."""
     words = [0] * -(-len(signs) // 64)

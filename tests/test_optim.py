@@ -878,3 +878,183 @@ def test_trains_a_network_and_resumes_it_exactly(tmp_path, press_ctrl_c_at):
     assert torch.equal(resumed[1].weight, model[1].weight)
     different = [name for name in history.frame if name != "seconds"]
     assert rows.frame[different].equals(history.frame[different])
+
+
+# --- Rules of this book --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gradient", "first", "second", "normalised"])
+def test_ranked_flips_equal_their_literal_twin(kind):
+    generator = torch.Generator().manual_seed(3)
+    gradients = torch.randn(100, 6, 8, generator=generator, dtype=torch.float64)
+    gradients = (4 * gradients).round() / 4  # ties, and zeros
+    gradients[:, 0, 0] = 0.0
+    weight = nn.Parameter(sign(torch.randn(6, 8, generator=generator, dtype=torch.float64)))
+    optimizer = optim.RankedFlips([weight], 0.125, kind, alpha=0.25, gamma=0.5)
+    twin, m, s = weight.detach().numpy().copy(), np.zeros((6, 8)), np.full((6, 8), 1e-300)
+    flipped = 0
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        e, m, s = reference.evidence_step(kind, m, s, gradient.numpy(), 0.25, 0.5)
+        before = twin
+        twin = reference.ranked_flips(before, e * before, 6)
+        flipped += (twin != before).sum()
+        np.testing.assert_array_equal(weight.detach().numpy(), twin)
+    assert flipped > 500
+    assert weight[0, 0] == twin[0, 0]
+
+
+@pytest.mark.parametrize("values", [
+    [3.0, 1.0, 3.0, 3.0, -5.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0] * 6, [-1.0] * 6,
+    [math.nan, 2.0, math.nan, 1.0, 2.0, math.nan], [math.inf, 1.0, 2.0, math.inf, 3.0, 3.0],
+])  # fmt: skip
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 6])
+def test_the_strongest_flip_and_of_equal_ones_the_first(values, count):
+    weight = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
+    clean = np.nan_to_num(np.array(values), nan=0.0, posinf=1e9)
+    expected = reference.ranked_flips(weight.numpy(), clean, count)
+    optim.flip_strongest(weight, torch.tensor(values), count)
+    assert weight.tolist() == expected.tolist()
+
+
+def test_the_strongest_flip_in_any_memory_order():
+    weight = torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    strength = torch.arange(24.0).view(2, 3, 2, 2)
+    optim.flip_strongest(weight, strength, 2)
+    assert weight.flatten().tolist() == [1.0] * 22 + [-1.0] * 2
+
+
+@pytest.mark.parametrize(("evidence", "part"), [("random", 1.0), ("asked", 0.5)])
+def test_random_evidence_flips_the_given_number_of_those_it_may(evidence, part):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.ones(4000))
+    optimizer = optim.RankedFlips([weight], 0.05, evidence, alpha=1.0, gamma=1.0)
+    weight.grad = torch.cat([torch.rand(2000) + 0.1, -torch.rand(2000) - 0.1])
+    optimizer.step()
+    flipped = (weight.detach() < 0).nonzero().squeeze(1)
+    assert len(flipped) == 200
+    assert (flipped < 2000).float().mean() == pytest.approx(1 / (2 * part), abs=0.2)
+    if evidence == "asked":
+        assert (flipped < 2000).all()
+        assert flipped.float().mean() == pytest.approx(1000, abs=200)  # not the strongest ones
+
+
+def test_a_fraction_of_a_weight_flips_as_often():
+    torch.manual_seed(0)
+    weight, flips = nn.Parameter(torch.ones(10)), 0
+    optimizer = optim.RankedFlips([weight], 0.03, "random")
+    for _ in range(1000):
+        before = weight.detach().clone()
+        weight.grad = torch.zeros(10)
+        optimizer.step()
+        flips += int((weight.detach() != before).sum())
+    assert flips == pytest.approx(300, abs=60)
+    assert set(weight.tolist()) == {-1.0, 1.0}
+
+
+def _rules_of_this_book():
+    ranked = [partial(optim.RankedFlips, fraction=0.05, evidence=e)
+              for e in optim.RankedFlips.BUFFERS]  # fmt: skip
+    return [*ranked, partial(optim.CounterSGD, lr=10.0, bits=3)]
+
+
+@pytest.mark.parametrize("make", _rules_of_this_book())
+def test_rules_of_this_book_resume_bit_for_bit(make, tmp_path, press_ctrl_c_at):
+    def train(checkpoint=None):
+        torch.manual_seed(1)
+        latent = make.func is optim.CounterSGD
+        quantizer = partial(ste_sign, clip_value=None) if latent else None
+        layer = layers.BinaryLinear(64, 10, weight_quantizer=quantizer)
+        model = nn.Sequential(nn.Flatten(), layer, nn.BatchNorm1d(10))
+        binary, real = optim.split_parameters(model)
+        rules = [make(binary), torch.optim.SGD(real, 0.1)]
+        training.train(model, data.load("digits"), rules, epochs=3, batch_size=100,
+                       probes=[probes.FlipRatio()], checkpoint=checkpoint,
+                       device="cpu")  # fmt: skip
+        return layer.weight
+
+    straight = train()
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c_at(20, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run.pt")
+    assert torch.equal(train(tmp_path / "run.pt"), straight)
+    assert set(straight.abs().unique().tolist()) <= {1.0, 3.0, 5.0, 7.0}
+
+
+@pytest.mark.parametrize("options", [
+    {"fraction": 0.0}, {"fraction": 1.5}, {"fraction": 0.1, "evidence": "guess"},
+    {"fraction": 0.1, "alpha": 0.0}, {"fraction": 0.1, "gamma": 2.0},
+])  # fmt: skip
+def test_ranked_flips_refuse_other_numbers(options):
+    with pytest.raises(ValueError, match=r"must be in|unknown evidence 'guess'; known: gradient"):
+        optim.RankedFlips([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_counters_equal_their_literal_twin(bits):
+    generator = torch.Generator().manual_seed(bits)
+    top = 2**bits - 1
+    weight = nn.Parameter(2 * torch.rand(5, 7, generator=generator, dtype=torch.float64) - 1)
+    optimizer = optim.CounterSGD([weight], 0.7, bits, stochastic=False)
+    level = ((weight.detach() + top) / 2).numpy().astype(int)
+    levels = []
+    for _ in range(100):
+        gradient = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        level = reference.counter_step(level, gradient.numpy(), 0.7, bits)
+        np.testing.assert_array_equal(weight.detach().numpy(), 2 * level - top)
+        levels.append(level)
+    assert set(np.unique(levels)) >= {0, top}
+    assert set(np.unique(levels)) <= set(range(top + 1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_stochastic_counters_are_right_on_average(bits):
+    """An update much smaller than a level moves a share of the counters, and never a float."""
+    torch.manual_seed(0)
+    top, n = 2**bits - 1, 40_000
+    for stochastic in (True, False):
+        weight = nn.Parameter(torch.full((n,), 1.0 / top))
+        optimizer = optim.CounterSGD([weight], 1.0, bits, stochastic=stochastic)
+        assert (weight == 1.0).all()
+        weight.grad = torch.full((n,), 0.1 / top)  # a twentieth of the distance of two levels
+        optimizer.step()
+        moved = (weight == -1.0).float().mean().item()
+        assert ((weight == -1.0) | (weight == 1.0)).all()
+        assert moved == (pytest.approx(0.05, abs=0.01) if stochastic else 0.0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5])
+def test_counters_start_with_the_signs_of_their_weights(bits):
+    top = 2**bits - 1
+    weight = nn.Parameter(torch.tensor([1e-18, -1e-18, 0.0, 1.0, -1.0, -0.99 / top, 2.0]))
+    optim.CounterSGD([weight], 1.0, bits)
+    assert weight.tolist() == [1.0, -1.0, 1.0, top, -top, -1.0, top]
+
+
+def test_counters_of_many_bits_train_as_clipped_sgd():
+    torch.manual_seed(0)
+    start, gradients = 2 * torch.rand(200) - 1, 0.1 * torch.randn(50, 200)
+    latent, counter = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    rules = optim.LatentSGD([latent], 1.0, clip=1.0), optim.CounterSGD([counter], 1.0, 16)
+    for gradient in gradients:
+        for weight, rule in zip((latent, counter), rules, strict=True):
+            weight.grad = gradient.clone()
+            rule.step()
+    assert torch.allclose(counter / (2**16 - 1), latent, atol=1e-3)
+    assert (latent.abs() == 1).any()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"lr": -1.0, "bits": 2}, "lr must be a number >= 0, not -1"),
+    ({"lr": math.inf, "bits": 2}, "lr must be a number >= 0, not inf"),
+    ({"lr": 1.0, "bits": 0}, "bits must be an integer from 1 to 16, not 0"),
+    ({"lr": 1.0, "bits": 17}, "bits must be an integer from 1 to 16, not 17"),
+    ({"lr": 1.0, "bits": 2.0}, "bits must be an integer from 1 to 16, not 2.0"),
+])  # fmt: skip
+def test_counters_refuse_other_numbers(options, words):
+    with pytest.raises(ValueError, match=words):
+        optim.CounterSGD([nn.Parameter(torch.ones(2))], **options)

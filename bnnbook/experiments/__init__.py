@@ -1,10 +1,11 @@
-"""The papers' experiments: one module per paper, one function per figure or table.
+"""The book's experiments: one module per paper and one beyond them, one function per comparison.
 
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
 from bnnbook.experiments import (
     alexnet,
+    beyond,
     binaryconnect,
     bulat2021,
     helwegen2019,
@@ -14,11 +15,21 @@ from bnnbook.experiments import (
 )
 from bnnbook.experiments.runs import check_settings as check_settings
 
-PAPERS = (alexnet, binaryconnect, helwegen2019, quist2023, bulat2021, liu2021, martinez2020)
+MODULES = (
+    alexnet,
+    binaryconnect,
+    helwegen2019,
+    quist2023,
+    bulat2021,
+    liu2021,
+    martinez2020,
+    beyond,
+)
 
 # The order in which `bnnbook record` runs them: first the orders of filters, whose claims wait for
 # their records; then the papers' central figures and tables, one paper after the other; then what
-# other open claims wait for, the most useful for its running time first; last what takes days.
+# takes minutes and is beyond the papers; then what other open claims wait for, the most useful for
+# its running time first; last what takes days.
 PRIORITY = (
     "quist2023.order",
     "quist2023.alpha_sweep",
@@ -28,6 +39,11 @@ PRIORITY = (
     "helwegen2019.section52_short",
     "binaryconnect.table2_cifar10",
     "alexnet.figure1",
+    "beyond.evidence",
+    "beyond.memory",
+    "beyond.rates",
+    "beyond.decay",
+    "beyond.race",
     "quist2023.latent_parity",
     "helwegen2019.latent_inference",
     "liu2021.optimizer",
@@ -61,14 +77,14 @@ def names() -> list[str]:
     >>> "binaryconnect.table2" in names()
     True
     """
-    return [f"{_short(paper)}.{name}" for paper in PAPERS for name in paper.VARIANTS]
+    return [f"{_short(paper)}.{name}" for paper in MODULES for name in paper.VARIANTS]
 
 
 def find(name: str):
     """Return (function, variants, recipes) of an experiment such as "binaryconnect.table2"."""
     if name not in names():
         raise ValueError(f"unknown experiment {name!r}; known: {', '.join(names())}")
-    paper = next(p for p in PAPERS if name.startswith(_short(p) + "."))
+    paper = next(p for p in MODULES if name.startswith(_short(p) + "."))
     short = name.removeprefix(_short(paper) + ".")
     return getattr(paper, short), paper.VARIANTS[short], paper.RECIPES[short]
 

@@ -87,14 +87,14 @@ def forward_scaled_sign(w: Tensor) -> Tensor:
 QUANTIZERS = {"sign": partial(ste_sign, clip_value=None), "scaled": forward_scaled_sign}
 
 
-def perceptron(weight_quantizer, hidden: int = 128) -> nn.Sequential:
-    """Return an MLP, 64-hidden-hidden-10, with all weights and hidden activations binary.
+def perceptron(weight_quantizer, hidden: int = 128, pixels: int = 64) -> nn.Sequential:
+    """Return an MLP, pixels-hidden-hidden-10, with all weights and hidden activations binary.
 
     Batch normalisation follows every layer; its gains and shifts are the only real parameters.
-    Input (N, 1, 8, 8), the digits; output (N, 10).
+    Input (N, ...) with ``pixels`` numbers an image, by default the digits'; output (N, 10).
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, units in pairwise([64, hidden, hidden, 10]):
+    for inputs, units in pairwise([pixels, hidden, hidden, 10]):
         quantizer = approx_sign if len(layers) > 1 else None
         layers.append(BinaryLinear(inputs, units, weight_quantizer=weight_quantizer,
                                    input_quantizer=quantizer))  # fmt: skip
@@ -236,12 +236,19 @@ def build_model(recipe: Recipe) -> nn.Module:
     """Return the recipe's network; a seed gives the same signs to latent and binary weights."""
     latent = recipe.optimizer != "filter"
     model = NETWORKS[recipe.network](QUANTIZERS[recipe.quantizer] if latent else None)
-    with torch.no_grad():
-        for layer in binary_layers(model):
-            layer.weight.uniform_(-1, 1)
-            if latent:
-                start = recipe.start * layer.weight if recipe.start else TINY * sign(layer.weight)
-                layer.weight.copy_(start)
+    return started(model, recipe.start if latent else None)
+
+
+@torch.no_grad()
+def started(model: nn.Module, start: float | None) -> nn.Module:
+    """Draw the binary layers' weights from U(-1, 1), and scale those of latent ones; in place.
+
+    start: None for weights that are not latent, else as in a `Recipe`.
+    """
+    for layer in binary_layers(model):
+        layer.weight.uniform_(-1, 1)
+        if start is not None:
+            layer.weight.copy_(start * layer.weight if start else TINY * sign(layer.weight))
     return model
 
 
@@ -271,24 +278,35 @@ def real_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD([g for g in groups if g["params"]], recipe.real_lr, momentum=0.9)
 
 
+def binary_schedules(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> list:
+    """Return the schedules of the binary weights' optimizer over so many steps."""
+    return [EachStep(optimizer, DECAYS[recipe.decay], steps)]
+
+
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None, samples: Sequence[probes.GradientSample] = (),
-        ) -> Fit:  # fmt: skip
-    """Train the recipe's network; ``samples`` record gradients during training."""
+        build: Callable = build_model, choose: Callable = binary_optimizer,
+        schedules: Callable = binary_schedules, validation: int = 0) -> Fit:  # fmt: skip
+    """Train the recipe's network; ``samples`` record gradients during training.
+
+    build, choose, schedules: functions, like the default ones, that return the network, the
+    optimizer of its binary weights and the schedules of that optimizer.
+    validation: how many of the training images to hold out.
+    """
     device = training.choose_device(device)
     dataset = data.load(recipe.dataset).to(device)
+    dataset = dataset.hold_out(validation) if validation else dataset
     preprocess = data.standardize(dataset)
     with seeded(seed, device):  # on the CPU: the same start on every device
-        model = build_model(recipe).to(device)
-        binary = binary_optimizer(split_parameters(model)[0], recipe)  # which draws signs of 0
+        model = build(recipe).to(device)
+        binary = choose(split_parameters(model)[0], recipe)  # which draws signs of 0
     real = real_optimizer(model, recipe)
     steps = recipe.epochs * (len(dataset.train_images) // recipe.batch_size)
     flips = probes.FlipRatio(per_layer=recipe.network != "perceptron", per_step=True)
     history = training.train(
         model, dataset, [binary, real], epochs=recipe.epochs, batch_size=recipe.batch_size,
         augment=data.crop_flip(padding=4) if recipe.augment else None, preprocess=preprocess,
-        schedulers=[EachStep(binary, DECAYS[recipe.decay], steps),
-                    EachStep(real, DECAYS["cosine"], steps)],
+        schedulers=[*schedules(binary, recipe, steps), EachStep(real, DECAYS["cosine"], steps)],
         probes=[flips, *samples], seed=seed, device=device, checkpoint=checkpoint,
         progress=progress, graph=True,
     )  # fmt: skip
@@ -397,26 +415,31 @@ def _run(experiment, variant, seed, scale, epochs, alpha=None, **run) -> Record:
 
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit,
                 metrics: dict | None = None, arrays: dict | None = None) -> Record:  # fmt: skip
-    """Return a finished run's record: the last epoch's error, flip ratios, history.
+    """Return a finished run's record: the last epoch's error, flip ratios, history."""
+    flips = fitted.flips.history()
+    if flips.dim() == 2:  # one column per layer: pool the layers, weighted by their sizes
+        sizes = torch.tensor(fitted.flips.sizes, dtype=flips.dtype)
+        flips = flips @ sizes / sizes.sum()
+    beginning = encode_array(flips[:START_STEPS].float().numpy())
+    return finished(
+        f"quist2023.{experiment}", variant, seed, scale, recipe=fitted.recipe,
+        planned=RECIPES[experiment][scale].epochs, history=fitted.history.rows,
+        dataset=fitted.dataset, metrics=measured(fitted) | (metrics or {}),
+        arrays={"start_flips": beginning, **(arrays or {})},
+    )  # fmt: skip
+
+
+def measured(fitted: Fit) -> dict[str, float]:
+    """Return the metrics of a run: the last epoch's errors, loss and flip ratios.
 
     "flip_ratio" is the mean over all epochs but the first, which begins with the flips of the
     start.
     """
-    rows, flips = fitted.history.rows, fitted.flips.history()
-    if flips.dim() == 2:  # one column per layer: pool the layers, weighted by their sizes
-        sizes = torch.tensor(fitted.flips.sizes, dtype=flips.dtype)
-        flips = flips @ sizes / sizes.sum()
-    metrics = {
+    rows = fitted.history.rows
+    return {
         "test_error": fitted.error,
         "renewed_test_error": fitted.renewed_error(),
         "train_loss": rows[-1]["train_loss"],
         "flip_ratio": float(np.mean([row["flip_ratio"] for row in rows[1:] or rows])),
         "last_flip_ratio": rows[-1]["flip_ratio"],
-        **(metrics or {}),
     }
-    beginning = encode_array(flips[:START_STEPS].float().numpy())
-    return finished(
-        f"quist2023.{experiment}", variant, seed, scale, recipe=fitted.recipe,
-        planned=RECIPES[experiment][scale].epochs, history=rows, dataset=fitted.dataset,
-        metrics=metrics, arrays={"start_flips": beginning, **(arrays or {})},
-    )  # fmt: skip
