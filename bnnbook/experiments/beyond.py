@@ -16,7 +16,7 @@ from torch import nn
 
 from bnnbook import probes
 from bnnbook.experiments import quist2023
-from bnnbook.experiments.quist2023 import Fit, measured
+from bnnbook.experiments.quist2023 import measured
 from bnnbook.experiments.runs import finished, recipe_at
 from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips, rate_as_lr
 from bnnbook.records import Record, encode_array
@@ -263,7 +263,7 @@ def _run(experiment, variant, seed, scale, epochs, **run) -> Record:
     return make_record(experiment, variant, seed, scale, fitted)
 
 
-def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit,
+def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: quist2023.Fit,
                 arrays: dict | None = None) -> Record:  # fmt: skip
     """Return a finished run's record, with the metrics of `quist2023.measured`."""
     return finished(
