@@ -93,7 +93,7 @@ def run(device: torch.device, repeats: int) -> list[dict]:
             real = times[f"real{compiled}"]
             goal, met = ("<= 1.15", time <= 1.15 * real) if compiled else ("", None)
             table.append(row(f"{name} / real{compiled}", time, real, goal, met))
-    for dtype in {autocast_dtype(device), torch.bfloat16}:
+    for dtype in dict.fromkeys((autocast_dtype(device), torch.bfloat16)):
         times = best(pooling_steps(device, dtype), device, repeats)
         what = f"pooling by channel / AdaptiveAvgPool2d, {dtype or 'torch.float32'}"
         table.append(row(what.replace("torch.", ""), times["ours"], times["torch"], "", None))
