@@ -23,14 +23,21 @@ def once(name, variant, seed=0, epochs=1):
     return getattr(beyond, name)(variant, seed=seed, epochs=epochs, device="cpu")
 
 
-@pytest.mark.parametrize("scale", ["small", "full"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def having(scale):
+    """The experiments of this scale."""
+    return [name for name in EXPERIMENTS if scale in beyond.RECIPES[name]]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, scale) for scale in ("small", "full") for name in having(scale)]
+)
 def test_every_variant_has_a_recipe_of_its_own(name, scale):
+    elsewhere = {"alphas_mnist": "mnist", "alphas_cifar10": "cifar10"}
     found = [beyond.find_recipe(name, variant, scale, None) for variant in beyond.VARIANTS[name]]
     assert len(set(found)) == len(found)
     assert all(recipe.rule in beyond.RULES for recipe in found)
     assert {recipe.dataset for recipe in found} == {
-        {"small": "digits", "full": "fashion-mnist"}[scale]
+        {"small": "digits", "full": elsewhere.get(name, "fashion-mnist")}[scale]
     }
     assert beyond.find_recipe(name, beyond.VARIANTS[name][0], scale, 3).epochs == 3
 
@@ -65,13 +72,37 @@ def test_what_falls_is_what_the_variant_names(monkeypatch):
                      "both": (True, True)}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_only_the_alphas_of_other_data_and_networks_have_no_small_scale():
+    only = set(EXPERIMENTS) - set(having("small"))
+    assert only == {"alphas_mnist", "alphas_cifar10", "alphas_residual"}
+    with pytest.raises(ValueError, match=r"unknown scale 'small'.*known: full"):
+        beyond.alphas_residual(scale="small")
+
+
+def test_the_lengths_differ_in_nothing_but_their_epochs():
+    for scale in ("small", "full"):
+        short, middle, long = (beyond.find_recipe(f"alphas_{name}", "0.003", scale, None)
+                               for name in ("short", "middle", "long"))  # fmt: skip
+        assert short.epochs == 1 < middle.epochs < long.epochs
+        assert all(replace(each, epochs=middle.epochs) == middle for each in (short, long))
+        assert (middle.rule, middle.alpha, middle.decay) == ("second", 0.003, "cosine")
+
+
+def test_networks_take_the_images_of_their_data_sets():
+    for name, shape in (("perceptron784", (1, 28, 28)), ("perceptron3072", (3, 32, 32)),
+                        ("birealnet8", (1, 28, 28))):  # fmt: skip
+        assert beyond.NETWORKS[name](None)(torch.rand(2, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", having("small"))
 def test_a_record_is_complete(name):
     default = getattr(beyond, name).__defaults__[0]
     record = once(name, default)
     planned = beyond.RECIPES[name]["small"].epochs
     assert (record.experiment, record.variant) == (f"beyond.{name}", default)
-    assert (record.scale, record.shortened) == ("small", f"1 of {planned} epochs")
+    assert (record.scale, record.shortened) == (
+        "small", None if planned == 1 else f"1 of {planned} epochs"
+    )  # fmt: skip
     assert set(record.metrics) == METRICS
     assert all(math.isfinite(value) for value in record.metrics.values())
     assert record.recipe["rule"] == beyond.find_recipe(name, default, "small", 1).rule

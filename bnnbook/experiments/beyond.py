@@ -18,6 +18,7 @@ from bnnbook import probes
 from bnnbook.experiments import quist2023
 from bnnbook.experiments.quist2023 import measured
 from bnnbook.experiments.runs import finished, recipe_at
+from bnnbook.models import birealnet20
 from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips, rate_as_lr
 from bnnbook.records import Record, encode_array
 
@@ -51,8 +52,14 @@ FULL = Recipe("fashion-mnist", "perceptron784", 5, 250)
 NETWORKS = {
     "perceptron": quist2023.perceptron,
     "perceptron784": partial(quist2023.perceptron, hidden=256, pixels=784),
+    "perceptron3072": partial(quist2023.perceptron, hidden=256, pixels=3072),
+    # Bi-Real Net with two binary convolutions in each stage, half as wide as that of 20 layers
+    "birealnet8": lambda quantizer: birealnet20(
+        in_channels=1, widths=(8, 16, 32), convolutions=(2, 2, 2), weight_quantizer=quantizer
+    ),
 }
 FRACTIONS = (0.001, 0.003, 0.01, 0.03)  # of the weights, flipped in the first step
+ALPHAS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # at the start; they fall along a cosine
 BITS = (1, 2, 3, 4, 6, 8, 10)
 
 
@@ -80,9 +87,9 @@ RULES: dict[str, Callable] = {
     "latent": lambda w, r: LatentSGD(w, r.lr, r.gamma, clip=1.0),
     "adam": clipped_adam,
     "ranked": lambda w, r: RankedFlips(w, r.fraction, r.evidence, r.alpha, r.gamma),
-    "ranked-slowing": lambda w, r: RankedFlips(w, r.fraction, r.evidence, r.alpha, r.gamma),
     "counter": lambda w, r: CounterSGD(w, r.lr, r.bits, stochastic=r.stochastic),
 }
+RULES["ranked-slowing"] = RULES["ranked"]  # whose alpha falls, too: see `schedules`
 LATENT = ("latent", "adam", "counter")  # rules of latent weights, which start at 0 in effect
 # What a rule of `race` draws, on a logarithmic scale: (lowest, highest).
 SPACE: dict[str, dict[str, tuple[float, float]]] = {
@@ -160,13 +167,27 @@ def _memory(recipe: Recipe) -> dict[str, dict]:
     }  # fmt: skip
 
 
+def _alphas(recipe: Recipe) -> dict[str, dict]:
+    """Return alphas of the filter."""
+    return {f"{alpha:g}": {"alpha": alpha} for alpha in ALPHAS}
+
+
+# What `alphas_short` and its like change: how long the training is, the data, the network.
+ELSEWHERE: dict[str, dict[str, dict]] = {
+    "alphas_short": {"small": {"epochs": 1}, "full": {"epochs": 1}},
+    "alphas_middle": {"small": {}, "full": {}},
+    "alphas_long": {"small": {"epochs": 24}, "full": {"epochs": 20}},
+    "alphas_mnist": {"full": {"dataset": "mnist"}},
+    "alphas_cifar10": {"full": {"dataset": "cifar10", "network": "perceptron3072"}},
+    "alphas_residual": {"full": {"network": "birealnet8", "epochs": 2}},
+}
 CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
     "evidence": _evidence,
     "rates": _rates,
     "decay": _decay,
     "memory": _memory,
     "race": lambda recipe: {rule: {"rule": rule} for rule in SPACE},
-}
+} | dict.fromkeys(ELSEWHERE, _alphas)
 BASE = {
     "evidence": {"rule": "ranked"},
     "rates": {"rule": "ranked"},
@@ -176,6 +197,11 @@ BASE = {
 }
 RECIPES = {name: {"small": replace(SMALL, **changes), "full": replace(FULL, **changes)}
            for name, changes in BASE.items()}  # fmt: skip
+RECIPES |= {
+    name: {scale: replace({"small": SMALL, "full": FULL}[scale], **changes)
+           for scale, changes in scales.items()}
+    for name, scales in ELSEWHERE.items()
+}  # fmt: skip
 VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
 TRIALS = {"small": 3, "full": 6}  # of `race`, for each rule and seed
 HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
@@ -256,6 +282,45 @@ def race(variant: str = "second", *, seed: int = 0, scale: str = "small",
     arrays |= {name: [getattr(trial, name) for trial in drawn] for name in SPACE[variant]}
     encoded = {name: encode_array(np.float32(values)) for name, values in arrays.items()}
     return make_record("race", variant, seed, scale, fitted, arrays=encoded)
+
+
+def alphas_short(variant: str = "0.01", *, seed: int = 0, scale: str = "small",
+                 epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run the second-order filter with one alpha, for one epoch.
+
+    ``epochs`` and ``run`` as in `evidence`.
+    """
+    return _run("alphas_short", variant, seed, scale, epochs, **run)
+
+
+def alphas_middle(variant: str = "0.01", *, seed: int = 0, scale: str = "small",
+                  epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run the same filter five times as long as `alphas_short`, or six times on the digits."""
+    return _run("alphas_middle", variant, seed, scale, epochs, **run)
+
+
+def alphas_long(variant: str = "0.01", *, seed: int = 0, scale: str = "small",
+                epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run the same filter four times as long as `alphas_middle`."""
+    return _run("alphas_long", variant, seed, scale, epochs, **run)
+
+
+def alphas_mnist(variant: str = "0.01", *, seed: int = 0, scale: str = "full",
+                 epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run `alphas_middle` on MNIST; at full scale only."""
+    return _run("alphas_mnist", variant, seed, scale, epochs, **run)
+
+
+def alphas_cifar10(variant: str = "0.01", *, seed: int = 0, scale: str = "full",
+                   epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run `alphas_middle` on CIFAR-10, with a perceptron of 3072 inputs; at full scale only."""
+    return _run("alphas_cifar10", variant, seed, scale, epochs, **run)
+
+
+def alphas_residual(variant: str = "0.01", *, seed: int = 0, scale: str = "full",
+                    epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Train a small Bi-Real Net for two epochs with one alpha; at full scale only."""
+    return _run("alphas_residual", variant, seed, scale, epochs, **run)
 
 
 def _run(experiment, variant, seed, scale, epochs, **run) -> Record:
