@@ -17,6 +17,9 @@ NBVAL := --nbval-lax --nbval-current-env notebooks
 # The stored outputs are a CPU's, and from the shipped records.
 CPU := CUDA_VISIBLE_DEVICES= BNNBOOK_RESULTS= BNNBOOK_PRECISION=
 PORT ?= 8000
+# Freed memory waits for the next tensor: pages from the system cost more than most sums.
+export MALLOC_MMAP_THRESHOLD_ := 33554432
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
