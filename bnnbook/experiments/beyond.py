@@ -79,6 +79,11 @@ def clipped_adam(weights, recipe: Recipe) -> torch.optim.Optimizer:
     return optimizer
 
 
+def ranked_flips(weights, recipe: Recipe) -> RankedFlips:
+    """Return the optimizer that flips a given fraction of the weights."""
+    return RankedFlips(weights, recipe.fraction, recipe.evidence, recipe.alpha, recipe.gamma)
+
+
 # By a rule's name, the optimizer of given weights with a recipe's settings.
 RULES: dict[str, Callable] = {
     "second": lambda w, r: CascadedEMA(w, r.alpha, r.gamma),
@@ -86,10 +91,10 @@ RULES: dict[str, Callable] = {
     "bop": lambda w, r: Bop(w, r.gamma, r.threshold),
     "latent": lambda w, r: LatentSGD(w, r.lr, r.gamma, clip=1.0),
     "adam": clipped_adam,
-    "ranked": lambda w, r: RankedFlips(w, r.fraction, r.evidence, r.alpha, r.gamma),
+    "ranked": ranked_flips,
+    "ranked-slowing": ranked_flips,  # its alpha falls, too: see `schedules`
     "counter": lambda w, r: CounterSGD(w, r.lr, r.bits, stochastic=r.stochastic),
 }
-RULES["ranked-slowing"] = RULES["ranked"]  # whose alpha falls, too: see `schedules`
 LATENT = ("latent", "adam", "counter")  # rules of latent weights, which start at 0 in effect
 # What a rule of `race` draws, on a logarithmic scale: (lowest, highest).
 SPACE: dict[str, dict[str, tuple[float, float]]] = {
