@@ -17,7 +17,7 @@ NBVAL := --nbval-lax --nbval-current-env notebooks
 # The stored outputs are a CPU's, and from the shipped records.
 CPU := CUDA_VISIBLE_DEVICES= BNNBOOK_RESULTS= BNNBOOK_PRECISION=
 PORT ?= 8000
-# Freed memory waits for the next tensor: pages from the system cost more than most sums.
+# Freed memory waits for the next tensor: fresh pages are slow, on some virtual machines very slow.
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 

@@ -127,7 +127,7 @@ def environment(root: Path, published: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        # Freed memory waits for the next tensor: pages from the system cost more than most sums.
+        # Freed memory waits for the next tensor: fresh pages are slow, on some machines very.
         "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the most that glibc allows
         "MALLOC_TRIM_THRESHOLD_": str(2**30),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
