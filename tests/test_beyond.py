@@ -88,6 +88,18 @@ def test_the_lengths_differ_in_nothing_but_their_epochs():
         assert (middle.rule, middle.alpha, middle.decay) == ("second", 0.003, "cosine")
 
 
+@pytest.mark.parametrize("name", beyond.ELSEWHERE)
+def test_the_orders_differ_in_nothing_but_the_second_average(name):
+    for alpha in beyond.ALPHAS:
+        second, first = (beyond.find_recipe(name, f"{prefix}{alpha:g}", "full", None)
+                         for prefix in ("", "first-"))  # fmt: skip
+        assert (second.rule, second.alpha) == ("second", alpha)
+        assert first == replace(second, rule="first")
+    weight = [torch.nn.Parameter(torch.ones(3))]
+    rates = [beyond.build_optimizer(weight, each).param_groups[0] for each in (first, second)]
+    assert [(group["lr"], group["gamma"]) for group in rates] == [(alpha, 1.0), (alpha, 0.1)]
+
+
 def test_networks_take_the_images_of_their_data_sets():
     for name, shape in (("perceptron784", (1, 28, 28)), ("perceptron3072", (3, 32, 32)),
                         ("birealnet8", (1, 28, 28))):  # fmt: skip

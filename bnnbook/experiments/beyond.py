@@ -173,8 +173,10 @@ def _memory(recipe: Recipe) -> dict[str, dict]:
 
 
 def _alphas(recipe: Recipe) -> dict[str, dict]:
-    """Return alphas of the filter."""
-    return {f"{alpha:g}": {"alpha": alpha} for alpha in ALPHAS}
+    """Return alphas of the second-order filter and of the first-order one."""
+    return {f"{prefix}{alpha:g}": {"rule": rule, "alpha": alpha}
+            for prefix, rule in (("", "second"), ("first-", "first"))
+            for alpha in ALPHAS}  # fmt: skip
 
 
 # What `alphas_short` and its like change: how long the training is, the data, the network.
@@ -291,7 +293,7 @@ def race(variant: str = "second", *, seed: int = 0, scale: str = "small",
 
 def alphas_short(variant: str = "0.01", *, seed: int = 0, scale: str = "small",
                  epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run the second-order filter with one alpha, for one epoch.
+    """Run the filter of second order, or of first, with one alpha, for one epoch.
 
     ``epochs`` and ``run`` as in `evidence`.
     """
