@@ -499,6 +499,36 @@ def decaying_cascade(gradients: ArrayLike, alphas: Sequence[float], gamma: float
     return filtered
 
 
+def decaying_flip_rates(alphas: Sequence[float], gamma: float = 1.0) -> NDArray:
+    r"""Return the flips in each step for white Gaussian noise through `decaying_cascade`.
+
+    .. math:: \frac{1}{\pi} \arctan \frac{\alpha_i\sqrt{V_g V_m - C^2}}{(1-\alpha_i) V_g
+              + \alpha_i C}, \qquad V_m = (1-\gamma)^2 V_{m_{i-1}} + \gamma^2,
+
+    with :math:`V_g` the variance of :math:`g_{i-1}`, :math:`V_m` that of :math:`m_i` and C their
+    covariance, all for gradients of variance 1 and from g = m = 0 on; the quotient compares
+    :math:`g_i = (1-\alpha_i) g_{i-1} + \alpha_i m_i` with :math:`g_{i-1}`. ``alphas``: one rate
+    per step; ``gamma``: of the other EMA, 1 for none. The first step flips a half, because the
+    weight that it meets is random. Later ones flip more than `flip_rate` of the rate says until g
+    has run for about 1/alpha steps, and less once a falling alpha no longer forgets. Our own
+    derivation. Raises ValueError for rates outside (0, 1].
+
+    >>> decaying_flip_rates([0.5, 0.5, 0.25]).round(3).tolist()
+    [0.5, 0.352, 0.171]
+    """
+    alphas, (gamma,) = _checked(alphas), _checked((gamma,))
+    turned = np.full(len(alphas), np.pi / 2)
+    vm = vg = c = 0.0
+    for i, alpha in enumerate(alphas):
+        vm, c = (1 - gamma) ** 2 * vm + gamma**2, (1 - gamma) * c
+        if i:
+            across = alpha * math.sqrt(vg * vm - c**2)
+            turned[i] = math.atan2(across, (1 - alpha) * vg + alpha * c)
+        vg = (1 - alpha) ** 2 * vg + 2 * alpha * (1 - alpha) * c + alpha**2 * vm
+        c = (1 - alpha) * c + alpha * vm
+    return turned / np.pi
+
+
 def freeze_point(alphas: Sequence[float]) -> int:
     r"""Return the first step from which the remaining decaying rates sum to at most 1.
 

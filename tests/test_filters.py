@@ -669,6 +669,35 @@ def test_decaying_cascade_is_two_emas():
         np.testing.assert_allclose(found[:, weight], expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("alphas", [cosine(0.1, 300), np.repeat([0.3, 0.001, 1.0, 0.2], 40)])
+@pytest.mark.parametrize("gamma", [1.0, 0.1, 0.02])
+def test_decaying_flip_rates_are_the_angles_between_successive_filtered_gradients(alphas, gamma):
+    rows = filters.decaying_cascade(np.eye(len(alphas)), alphas, gamma)  # g as a sum of gradients
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    across = np.linalg.norm(rows[1:] - rows[:-1], axis=1)
+    along = np.linalg.norm(rows[1:] + rows[:-1], axis=1)
+    found = filters.decaying_flip_rates(alphas, gamma)
+    assert found[0] == 0.5
+    np.testing.assert_allclose(found[1:], 2 * np.arctan2(across, along) / np.pi, rtol=1e-6)
+
+
+def test_decaying_flip_rates_are_those_of_simulated_noise():
+    alphas, gradients = cosine(0.1, 300), rng(11).standard_normal((300, 8000))
+    signs = filters.decaying_cascade(gradients, alphas, 0.1) > 0
+    flips, told = signs[1:] != signs[:-1], filters.decaying_flip_rates(alphas, 0.1)[1:]
+    for part in (slice(0, 20), slice(20, 150), slice(150, None)):
+        seen = flips[part].sum(0)  # of each weight
+        error = seen.std() / math.sqrt(len(seen))
+        assert_close((seen.mean(), error), told[part].sum(), rel=0.06)
+
+
+@pytest.mark.parametrize("rates", [(0.02, 1.0), (0.02, 0.1), (0.1, 0.1)])
+def test_decaying_flip_rates_reach_the_law_if_alpha_is_held(rates):
+    found = filters.decaying_flip_rates([rates[0]] * 2000, rates[1])
+    assert found[-1] == near(filters.flip_rate(rates), rel=1e-6)
+    assert (np.diff(found) <= 1e-12).all()
+
+
 @pytest.mark.parametrize("alphas", [cosine(0.01, 2000), np.repeat([0.1, 0.01, 0.1], [50, 500, 50]),
                                     rng(9).uniform(0.01, 1, 300)])  # fmt: skip
 @pytest.mark.parametrize("gamma", [0.1, 0.7])
@@ -894,6 +923,9 @@ def test_a_number_a_list_and_an_array_are_rates(name):
     (lambda: filters.decaying_cascade([1.0, 2.0], [0.1], 0.1), "one alpha per step, not 1 for 2"),
     (lambda: filters.decaying_cascade([1.0, 2.0], [0.1, 0.0], 0.1), "rates must be"),
     (lambda: filters.decaying_cascade([1.0, 2.0], [0.1, 0.1], 2.0), "rates must be"),
+    (lambda: filters.decaying_flip_rates([0.1, 0.0], 0.1), "rates must be"),
+    (lambda: filters.decaying_flip_rates([], 0.1), "rates must be"),
+    (lambda: filters.decaying_flip_rates([0.1], 1.5), "rates must be"),
     (lambda: filters.decaying_direct_form([0.1, 0.0], 0.1), "rates must be"),
     (lambda: filters.decaying_direct_form([0.1], 0.0), "rates must be"),
     (lambda: filters.time_varying_filter([([1], [1, 0])], [1.0, 2.0]), "not 1 for 2"),
