@@ -90,8 +90,9 @@ RECIPES = {
     "pooling": {"small": DIGITS, "full": ALEXNET},
     "dropout_gap": {"small": replace(DIGITS, epochs=60, batch_size=20, train_images=100),
                     "full": ALEXNET},
-    # The paper's weights start about ten times smaller than torch's. From torch's start the first
-    # layer hardly moves: its kernels keep looking like their random initialisation.
+    # Like the paper, this starts the first layer about ten times smaller than He et al., whose
+    # start `alexnet_small` otherwise has. From that start the first layer hardly moves: its
+    # kernels keep looking like their random initialisation.
     "kernels": {"small": PATCHES,
                 "full": replace(ALEXNET, dataset="tiny-imagenet-20", crop=56, padding=0,
                                 epochs=90, first_layer_scale=0.1)},

@@ -35,7 +35,7 @@ class SigmoidGateConv2d(ExpertBinaryConv2d):
         \frac{\partial L}{\partial z_j} = \sigma(z_j)\,(1 - \sigma(z_j))\, g_j, \qquad
         g_j = \Big\langle \frac{\partial L}{\partial q_w(W_k)},\ q_w(W_j) \Big\rangle .
 
-    Equal experts then push all scores by the same :math:`g`, which favours none of them.
+    Equal experts then push all scores in one direction, which says nothing about which is better.
     ``temperature`` has no effect. On a tie the first expert wins; the released code adds up all
     experts that tie.
 
