@@ -182,10 +182,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.command("Emulation.setEmulatedMedia", features=[scheme])
         page.command("Page.navigate", url=url)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120  # for a busy machine: a page that hangs never loads
         while not page.loaded:
             if time.monotonic() > end:
-                raise RuntimeError(f"{url} did not load within 30 s")
+                raise RuntimeError(f"{url} did not load within 120 s")
             self.listen(0.2)
         page.evaluate("new Promise(done => setTimeout(done, 300))")
         return page
