@@ -92,6 +92,42 @@ def test_two_steps_are_real_weights_first_and_the_control_is_as_long():
     assert recipe("twice").first_weight_decay == recipe("one-step").first_weight_decay == 0
 
 
+@pytest.mark.parametrize("name", ["steps_short", "steps_long"])
+def test_one_step_is_as_long_as_two_at_each_rate(name):
+    recipes = [liu2021.find_recipe(name, v, "full", None) for v in liu2021.VARIANTS[name]]
+    assert {len(r.steps) * r.epochs for r in recipes} == {liu2021.RECIPES[name]["full"].epochs}
+    rates = {r.lr / liu2021.FULL.lr for r in recipes}
+    assert rates == {0.25, 1, 4}
+    assert {(r.steps, r.lr) for r in recipes} == {
+        (steps, by * liu2021.FULL.lr) for steps in liu2021.STEPS.values() for by in rates
+    }
+    assert {(r.weight_decay, r.first_weight_decay) for r in recipes} == {(0, 0)}
+
+
+def test_two_steps_cannot_share_an_odd_number_of_epochs():
+    assert liu2021.find_recipe("steps_short", "one-step-1x", "small", 3).epochs == 3
+    with pytest.raises(ValueError, match="2 steps cannot share 3 epochs"):
+        liu2021.find_recipe("steps_short", "two-step-1x", "small", 3)
+
+
+@pytest.mark.parametrize(("falls", "rates"), [
+    ("epoch", [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]),
+    ("update", [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+])  # fmt: skip
+def test_the_rate_falls_to_zero_by_the_epoch_or_by_the_update(falls, rates):
+    recipe = replace(TINY, epochs=2, batch_size=25, falls=falls)
+    model = liu2021.build_model(recipe)
+    optimizer = liu2021.build_optimizer(model, recipe, 0)
+    schedule, seen = liu2021.build_schedule(optimizer, recipe, 100), []
+    for _ in range(2):
+        for _ in range(4):
+            seen.append(optimizer.param_groups[1]["lr"] / recipe.lr)
+            optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(rates)
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 def test_only_the_first_of_two_steps_has_its_own_decay():
     recipe = replace(TINY, weight_decay=0.5, first_weight_decay=0.25, steps=("real", "binary"))
     model = liu2021.build_model(recipe)
@@ -137,13 +173,15 @@ def test_a_negative_decay_makes_a_weight_without_gradient_grow(kind):
 
 
 @pytest.mark.parametrize(("name", "variant"), [
-    ("optimizer", "sgd-0.002"), ("weight_decay", "minus-20x"), ("two_step", "two-step")
+    ("optimizer", "sgd-0.002"), ("weight_decay", "minus-20x"), ("two_step", "two-step"),
+    ("steps_short", "one-step-4x"),
 ])  # fmt: skip
 def test_a_record_is_complete(name, variant, tmp_path):
     record = once(name, variant)
     recipe = liu2021.find_recipe(name, variant, "small", 1)
     assert (record.experiment, record.variant, record.seed) == (f"liu2021.{name}", variant, 0)
-    assert (record.scale, record.shortened) == ("small", f"1 of {liu2021.SMALL.epochs} epochs")
+    planned = liu2021.RECIPES[name]["small"].epochs
+    assert (record.scale, record.shortened) == ("small", f"1 of {planned} epochs")
     assert record.dataset_sha256 == data.load("digits").sha256
     assert record.recipe == {**asdict(recipe), "precision": "float32"}
     assert len(record.history) == 1

@@ -50,6 +50,8 @@ PRIORITY = (
     "beyond.alphas_mnist",
     "beyond.alphas_cifar10",
     "beyond.alphas_residual",
+    "liu2021.steps_short",
+    "liu2021.steps_long",
     "quist2023.latent_parity",
     "helwegen2019.latent_inference",
     "liu2021.optimizer",

@@ -18,7 +18,6 @@ from bnnbook import probes
 from bnnbook.experiments import quist2023
 from bnnbook.experiments.quist2023 import measured
 from bnnbook.experiments.runs import finished, recipe_at
-from bnnbook.models import birealnet20
 from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips, rate_as_lr
 from bnnbook.records import Record, encode_array
 
@@ -53,10 +52,7 @@ NETWORKS = {
     "perceptron": quist2023.perceptron,
     "perceptron784": partial(quist2023.perceptron, hidden=256, pixels=784),
     "perceptron3072": partial(quist2023.perceptron, hidden=256, pixels=3072),
-    # Bi-Real Net with two binary convolutions in each stage, half as wide as that of 20 layers
-    "birealnet8": lambda quantizer: birealnet20(
-        in_channels=1, widths=(8, 16, 32), convolutions=(2, 2, 2), weight_quantizer=quantizer
-    ),
+    "birealnet8": partial(quist2023.birealnet8, in_channels=1),
 }
 FRACTIONS = (0.001, 0.003, 0.01, 0.03)  # of the weights, flipped in the first step
 ALPHAS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # at the start; they fall along a cosine

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, probes, training
 from bnnbook.binarize import magnitude_aware_sign, real_weight
-from bnnbook.experiments.quist2023 import NETWORKS
+from bnnbook.experiments.quist2023 import DECAYS, NETWORKS, EachStep
 from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import binary_layers
 from bnnbook.optim import split_parameters
@@ -49,6 +49,7 @@ class Recipe:
     network: str  # one of `quist2023.NETWORKS`
     epochs: int  # of each step
     lr: float  # falls linearly to 0, once per epoch: paper and released code
+    falls: str = "epoch"  # after every "epoch", or after every "update"
     optimizer: str = "adam"  # of all parameters: paper; "adam" or "sgd"
     weight_decay: float = 0.0  # of latent weights, added to their gradient as torch does it
     steps: tuple[str, ...] = ("binary",)  # each "binary" or "real" (weights), one after another
@@ -70,12 +71,22 @@ RATES = {  # paper: figure 8, read off its axes: 0.0001 to 0.005 and 0.002 to 0.
 }
 FACTORS = {"0x": 0, "1x": 1, "2x": 2, "20x": 20, "minus-20x": -20}  # paper: without the 20x
 STEPS = {"one-step": ("binary",), "two-step": ("real", "binary"), "twice": ("binary", "binary")}
+MULTIPLES = (0.25, 1, 4)  # of the learning rate, in `steps_short` and `steps_long`
+# Our own: as many epochs in all for one step as for two, without decay, at several rates. A rate
+# that only falls after an epoch would still be half the first in the last of two epochs.
+EQUAL = {
+    name: {
+        "small": replace(SMALL, epochs=epochs, falls="update"),
+        "full": replace(FULL, epochs=epochs, network="birealnet8", falls="update"),
+    }
+    for name, epochs in (("steps_short", 4), ("steps_long", 12))
+}
 
 VARIANTS = {
     "optimizer": tuple(f"{name}-{lr:g}" for name, rates in RATES.items() for lr in rates),
     "weight_decay": tuple(FACTORS),
     "two_step": tuple(STEPS),
-}
+} | dict.fromkeys(EQUAL, tuple(f"{steps}-{by:g}x" for steps in STEPS for by in MULTIPLES))
 RECIPES = {
     "optimizer": {"small": SMALL, "full": FULL},
     "weight_decay": {
@@ -86,25 +97,39 @@ RECIPES = {
         "small": replace(SMALL, first_weight_decay=1e-5),
         "full": replace(FULL, first_weight_decay=5e-6),  # paper: 5e-6, then 0
     },
-}
+} | EQUAL
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale.
 
-    ``epochs``, the number for each step, replaces the recipe's if given.
+    ``epochs`` replaces the recipe's if given: the number for each step or, where steps share it
+    (`EQUAL`), for all together.
     """
     recipe = recipe_at("liu2021", experiment, variant, scale, VARIANTS, RECIPES)
+    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
     if experiment == "optimizer":
         kind, _, lr = variant.partition("-")
         recipe = replace(recipe, optimizer=kind, lr=float(lr))
     elif experiment == "weight_decay":
         recipe = replace(recipe, weight_decay=recipe.weight_decay * FACTORS[variant])
-    else:
+    elif experiment == "two_step":
         recipe = replace(recipe, steps=STEPS[variant])
         if variant != "two-step":
             recipe = replace(recipe, first_weight_decay=0.0)
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    else:
+        recipe = _share(recipe, *variant.rsplit("-", 1))
+    return recipe
+
+
+def _share(recipe: Recipe, name: str, multiple: str) -> Recipe:
+    """Return the recipe of the named steps, which share its epochs, at a multiple of its rate."""
+    steps = STEPS[name]
+    each, left = divmod(recipe.epochs, len(steps))
+    if left:
+        raise ValueError(f"{len(steps)} steps cannot share {recipe.epochs} epochs")
+    lr = recipe.lr * float(multiple.removesuffix("x"))
+    return replace(recipe, steps=steps, epochs=each, lr=lr)
 
 
 def scaled_sign(w: Tensor) -> Tensor:
@@ -161,6 +186,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe, number: int) -> torch.opti
     return optimizer
 
 
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, images: int):
+    """Return the schedule by which a step's learning rate falls to zero, given so many images."""
+    if recipe.falls == "epoch":
+        return LambdaLR(optimizer, lambda epoch: 1 - epoch / recipe.epochs)
+    updates = recipe.epochs * (images // recipe.batch_size)
+    return EachStep(optimizer, DECAYS["linear"], updates)
+
+
 def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         progress: bool | None = None) -> Fit:  # fmt: skip
     """Train the recipe's network, step by step.
@@ -179,7 +212,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         if checkpoint and len(recipe.steps) > 1:
             path = Path(checkpoint) / f"step{number}.pt"
         optimizer = build_optimizer(model, recipe, number)
-        schedule = LambdaLR(optimizer, lambda epoch: 1 - epoch / recipe.epochs)
+        schedule = build_schedule(optimizer, recipe, len(dataset.train_images))
         histories.append(training.train(
             model, dataset, optimizer, epochs=recipe.epochs, batch_size=recipe.batch_size,
             augment=data.crop_flip(padding=4) if recipe.augment else None,
@@ -222,6 +255,22 @@ def two_step(variant: str = "two-step", *, seed: int = 0, scale: str = "small",
     return _run("two_step", variant, seed, scale, epochs, run)
 
 
+def steps_short(variant: str = "two-step-1x", *, seed: int = 0, scale: str = "small",
+                epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run one step, two, or the control, as long as each other, at one of three learning rates.
+
+    Two steps share the recipe's epochs, so one step is twice as long as either of them. ``epochs``
+    replaces their sum; ``run`` as in `optimizer`.
+    """
+    return _run("steps_short", variant, seed, scale, epochs, run)
+
+
+def steps_long(variant: str = "two-step-1x", *, seed: int = 0, scale: str = "small",
+               epochs: int | None = None, **run) -> Record:  # fmt: skip
+    """Run the same as `steps_short`, three times as long."""
+    return _run("steps_long", variant, seed, scale, epochs, run)
+
+
 def _run(experiment, variant, seed, scale, epochs, run) -> Record:
     fitted = fit(find_recipe(experiment, variant, scale, epochs), seed=seed, **run)
     return make_record(experiment, variant, seed, scale, fitted)
@@ -237,8 +286,8 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
     metrics, measured = measure(fitted)
     record = finished(
         f"liu2021.{experiment}", variant, seed, scale, recipe=fitted.recipe,
-        planned=RECIPES[experiment][scale].epochs, history=last.rows, dataset=fitted.dataset,
-        metrics=metrics, arrays=arrays | measured,
+        planned=find_recipe(experiment, variant, scale, None).epochs, history=last.rows,
+        dataset=fitted.dataset, metrics=metrics, arrays=arrays | measured,
     )  # fmt: skip
     record.seconds = round(record.seconds + seconds, 1)
     return record

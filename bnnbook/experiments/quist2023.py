@@ -102,8 +102,15 @@ def perceptron(weight_quantizer, hidden: int = 128, pixels: int = 64) -> nn.Sequ
     return nn.Sequential(*layers)
 
 
+def birealnet8(quantizer: Callable | None, in_channels: int = 3) -> nn.Module:
+    """Return a Bi-Real Net with two binary convolutions a stage, half as wide as that of 20."""
+    return birealnet20(in_channels=in_channels, widths=(8, 16, 32), convolutions=(2, 2, 2),
+                       weight_quantizer=quantizer)  # fmt: skip
+
+
 NETWORKS = {
     "perceptron": perceptron,
+    "birealnet8": birealnet8,
     "birealnet20": lambda quantizer: birealnet20(weight_quantizer=quantizer),
 }
 
