@@ -79,7 +79,7 @@ EQUAL = {
         "small": replace(SMALL, epochs=epochs, falls="update"),
         "full": replace(FULL, epochs=epochs, network="birealnet8", falls="update"),
     }
-    for name, epochs in (("steps_short", 4), ("steps_long", 12))
+    for name, epochs in (("steps_short", 4), ("steps_long", 8))
 }
 
 VARIANTS = {
@@ -267,7 +267,7 @@ def steps_short(variant: str = "two-step-1x", *, seed: int = 0, scale: str = "sm
 
 def steps_long(variant: str = "two-step-1x", *, seed: int = 0, scale: str = "small",
                epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run the same as `steps_short`, three times as long."""
+    """Run the same as `steps_short`, twice as long."""
     return _run("steps_long", variant, seed, scale, epochs, run)
 
 
