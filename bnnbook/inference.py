@@ -8,6 +8,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from bnnbook.binarize import approx_sign, sign, ste_sign, stochastic_sign, swish_sign
 from bnnbook.layers import (
+    GEOMETRY,
     QUANTIZED,
     BinaryConv2d,
     BinaryLayer,
@@ -26,8 +28,7 @@ from bnnbook.layers import (
 WORD = 64  # bits
 SIGNS = (sign, ste_sign, approx_sign, swish_sign)  # quantizers whose forward pass is the sign
 BLOCK = 2**15  # words compared at a time: 256 KiB, so that they stay in the cache
-# What a convolution is given beside its numbers of channels and its quantizers.
-GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "padding_value")
+MULTIPLY = ("bits", "floats")
 
 # --- Words -------------------------------------------------------------------------------------
 
@@ -150,8 +151,9 @@ class Packed(nn.Module):
     :math:`2^{24}` in float32. With a scale, the float layer rounds in every addition, and y once.
 
     ``binary_input`` says whether the layer multiplies bits: only if its ``input_quantizer`` is a
-    sign. Any other input is multiplied with the weights, unpacked each time, in the same call as
-    before: that saves stored bytes and no operation.
+    sign, of the library or a function that gives the same on a grid of numbers. Any other input is
+    multiplied with the weights, unpacked each time, in the same call as before: that saves stored
+    bytes and no operation.
 
     Raises ValueError if the weight quantizer draws at random, or gives an output channel weights
     of several magnitudes.
@@ -162,7 +164,7 @@ class Packed(nn.Module):
         rows, scale = _signs_and_scale(layer)
         self.n = rows[0].numel()
         self.shape = rows.shape
-        self.binary_input = _function(layer.input_quantizer) in SIGNS
+        self.binary_input = _is_sign(layer.input_quantizer, layer.weight)
         self.input_quantizer = layer.input_quantizer
         self.register_buffer("words", pack(rows.flatten(1)))
         self.register_buffer("scale", scale)
@@ -193,11 +195,13 @@ class Packed(nn.Module):
 
 def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
     """Return a layer's binary weights, and its channels' scales unless they are all 1."""
-    if _function(layer.weight_quantizer) is stochastic_sign:
-        raise ValueError("stochastic_sign draws new weights each time; choose which to pack, for "
-                         "example with layers.quantized_by(model, ste_sign)")  # fmt: skip
-    with torch.no_grad():
-        weight = layer.binary_weight().detach()
+    draws = _function(layer.weight_quantizer) is stochastic_sign
+    with _undrawn(layer.weight):
+        weight = layer.weight if draws else layer.binary_weight().detach()
+        draws = draws or not weight.equal(layer.binary_weight())
+    if draws:
+        raise ValueError("the weight quantizer draws new weights each time; choose which to pack, "
+                         "for example with layers.quantized_by(model, ste_sign)")  # fmt: skip
     magnitudes = weight.abs().flatten(1)
     scale = magnitudes[:, 0].clone()
     if not (magnitudes == scale[:, None]).all():
@@ -205,6 +209,33 @@ def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
                          "magnitudes; only signs, and one scale a channel, can be packed"
                          )  # fmt: skip
     return weight, None if (scale == 1).all() else scale
+
+
+def _is_sign(quantizer: Callable | None, weight: Tensor) -> bool:
+    """Return whether a quantizer of inputs is the sign; weight: gives the dtype and the device."""
+    if _function(quantizer) in SIGNS:
+        return True
+    # one with a state may become another function when that is loaded
+    stateful = isinstance(quantizer, nn.Module) and quantizer.state_dict()
+    if quantizer is None or stateful or _function(quantizer) is stochastic_sign:
+        return False
+    ends = torch.finfo(weight.dtype)
+    extremes = weight.new_tensor([0.0, -0.0, ends.tiny, -ends.tiny, ends.max, ends.min])
+    # the many numbers in between are for quantizers that draw
+    grid = torch.cat([extremes, torch.linspace(-2, 3, 4096).to(weight)]).expand(2, -1)
+    with _undrawn(weight):
+        try:
+            return quantizer(grid).equal(sign(grid))
+        except Exception:  # whatever one's own function does not accept
+            return False
+
+
+@contextmanager
+def _undrawn(weight: Tensor):
+    """Inside a with block, leave no gradients and no draws of torch's generators behind."""
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        yield
 
 
 def _function(quantizer: Callable | None) -> Callable | None:
@@ -248,7 +279,8 @@ class PackedConv2d(Packed):
 
     def __init__(self, layer: BinaryConv2d):
         super().__init__(layer)
-        for name in ("in_channels", "kernel_size", *GEOMETRY, "_reversed_padding_repeated_twice"):
+        for name in ("in_channels", "kernel_size", *GEOMETRY, "padding_value",
+                     "_reversed_padding_repeated_twice"):  # fmt: skip
             setattr(self, name, getattr(layer, name))
         self.layout = _layout(layer.weight)
 
@@ -321,7 +353,7 @@ class PackedExpertConv2d(nn.Module):
 
 def _expert(layer: ExpertBinaryConv2d, number: int) -> BinaryConv2d:
     """Return one expert of a layer as a convolution of its own."""
-    options = {name: getattr(layer, name) for name in (*GEOMETRY, *QUANTIZED)}
+    options = {name: getattr(layer, name) for name in (*GEOMETRY, "padding_value", *QUANTIZED)}
     one = BinaryConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
     one.weight, one.bias = nn.Parameter(layer.weight[number].detach()), layer.bias
     return one
@@ -406,7 +438,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MONOTONE = (nn.Identity, nn.Dropout, nn.MaxPool2d)
 
 
-def pack_network(model: nn.Module) -> nn.Module:
+def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
     """Return a copy for inference whose binary weights are bits, in evaluation mode.
 
     Each binary layer becomes its counterpart in `PACKED`. In a `torch.nn.Sequential`, batch
@@ -418,7 +450,11 @@ def pack_network(model: nn.Module) -> nn.Module:
     refuses: `real_layers` names what still holds real numbers. A Sequential must be called as a
     whole: a model that calls slices of it gets thresholds for some and not for other parts.
 
-    To load a saved ``state_dict``, pack a new network of the same constructor and load it there.
+    multiply: "bits" compares words; "floats" multiplies signs as before, unpacked each time, which
+    stores the same bytes and is many times faster where torch has fast convolutions.
+
+    To load a saved ``state_dict``, pack a new network of the same constructor and load it there;
+    ``multiply`` is that of the new one. Raises ValueError for an unknown ``multiply``.
 
     >>> from bnnbook.models import binarynet
     >>> net = binarynet(widths=(8,), hidden=(16,), in_channels=1, image_size=8).eval()
@@ -426,6 +462,8 @@ def pack_network(model: nn.Module) -> nn.Module:
     >>> torch.equal(pack_network(net)(x), net(x))
     True
     """
+    if multiply not in MULTIPLY:
+        raise ValueError(f"unknown multiply {multiply!r}; known: {', '.join(MULTIPLY)}")
     holder = nn.ModuleList([copy.deepcopy(model).eval()])  # the model's parent
     modules = list(holder.modules())
     packed = {id(m): _packed_if_possible(m) for m in modules if type(m) in PACKED}
@@ -436,6 +474,9 @@ def pack_network(model: nn.Module) -> nn.Module:
     for parent in modules:
         if type(parent).forward is nn.Sequential.forward:
             _fold(parent, shared)
+    for module in holder.modules() if multiply == "floats" else ():
+        if isinstance(module, Packed):
+            module.binary_input = False  # after the thresholds, which integers need
     return holder[0]
 
 

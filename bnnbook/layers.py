@@ -4,6 +4,7 @@ Three kinds of weight, three words: a *latent* weight is real and only its sign 
 weight is exactly -1 or +1, a *real* weight is an ordinary parameter.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from bnnbook.binarize import sign, ste_sign
 
 Quantizer = Callable[[Tensor], Tensor]
 QUANTIZED = ("weight_quantizer", "input_quantizer")
+# What a convolution is given beside its numbers of channels and its bias.
+GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class BinaryLayer:
@@ -46,14 +49,11 @@ class BinaryLayer:
 
         Raises TypeError unless each is a function or None; a quantizer's name is not enough.
         """
-        for kind, quantizer in zip(QUANTIZED, (weight_quantizer, input_quantizer), strict=True):
-            if quantizer is not None and not callable(quantizer):
-                raise TypeError(f"{kind} must be a function such as binarize.ste_sign, or None, "
-                                f"not a {type(quantizer).__name__}")  # fmt: skip
-        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.input_quantizer = input_quantizer  # first: if it is refused, the weights stay
         if weight_quantizer is None:
             with torch.no_grad():
                 self.weight.copy_(sign(self.weight))
+        self.weight_quantizer = weight_quantizer
 
     def reset_parameters(self, bound: float = 1.0) -> None:
         """Draw weights from U(-bound, bound), clipped to [-1, 1]; biases start at 0."""
@@ -66,11 +66,36 @@ class BinaryLayer:
                 self.bias.zero_()
 
     def __setattr__(self, name: str, value) -> None:
-        # a quantizer may be a module or a function; nn.Module would refuse to replace one by the
-        # other
         if name in QUANTIZED:
+            self._check_quantizer(name, value)
+            # a quantizer may be a module or a function; nn.Module would refuse to replace one by
+            # the other
             self.__dict__.get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
+        if name == "weight_quantizer":
+            self._mark_weight()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark_weight()  # a copied parameter has lost its attributes
+
+    def _mark_weight(self) -> None:
+        """Let the weight say whether it is latent, for optimizers, which do not see the layer."""
+        weight = getattr(self, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            weight.latent = getattr(self, "weight_quantizer", None) is not None
+
+    def _check_quantizer(self, kind: str, quantizer) -> None:
+        """Raise an error for what is no quantizer, and for None where the weights are real."""
+        if quantizer is not None and not callable(quantizer):
+            raise TypeError(f"{kind} must be a function such as binarize.ste_sign, or None, "
+                            f"not a {type(quantizer).__name__}")  # fmt: skip
+        weight = getattr(self, "weight", None)
+        if kind == "input_quantizer" or quantizer is not None or weight is None:
+            return
+        if not weight.is_meta and not (weight.abs() == 1).all():  # meta tensors have no values
+            raise ValueError("without a weight_quantizer the weights must be exactly ±1; "
+                             "set_quantizers(None, ...) takes their signs")  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         weight, errors = state_dict.get(prefix + "weight"), rest[-1]
@@ -104,7 +129,7 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     Input (..., in_features), output (..., out_features). :math:`q_w` is ``weight_quantizer``;
     with None, ``weight`` itself is binary and stays so. :math:`q_x` is ``input_quantizer``; None
     leaves the input real. ``bias`` is off by default: batch normalisation, which usually follows,
-    has one.
+    has one. ``device`` and ``dtype`` are torch's.
 
     >>> layer = BinaryLinear(3, 2)
     >>> sorted(set(layer.binary_weight().flatten().tolist())) in ([-1.0], [1.0], [-1.0, 1.0])
@@ -112,8 +137,9 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, weight_quantizer=ste_sign,
-                 input_quantizer=None, bias: bool = False):  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias)
+                 input_quantizer=None, bias: bool = False, device=None,
+                 dtype: torch.dtype | None = None):  # fmt: skip
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.set_quantizers(weight_quantizer, input_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,11 +160,11 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, *, stride=1, padding=0,
                  dilation=1, groups: int = 1, weight_quantizer=ste_sign, input_quantizer=None,
-                 bias: bool = False, padding_mode: str = "zeros",
-                 padding_value: float = 0.0):  # fmt: skip
+                 bias: bool = False, padding_mode: str = "zeros", padding_value: float = 0.0,
+                 device=None, dtype: torch.dtype | None = None):  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
-                         dilation=dilation, groups=groups, bias=bias,
-                         padding_mode=padding_mode)  # fmt: skip
+                         dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode,
+                         device=device, dtype=dtype)  # fmt: skip
         if padding_value not in (-1, 0, 1):
             raise ValueError(f"padding_value must be 0, 1 or -1, not {padding_value!r}")
         if padding_value and padding_mode != "zeros":
@@ -226,16 +252,17 @@ class ExpertBinaryConv2d(BinaryConv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel_size, *, experts: int = 4,
                  stride=1, padding=0, dilation=1, groups: int = 1, weight_quantizer=ste_sign,
                  input_quantizer=ste_sign, bias: bool = False, temperature: float = 1.0,
-                 padding_mode: str = "zeros", padding_value: float = 0.0):  # fmt: skip
+                 padding_mode: str = "zeros", padding_value: float = 0.0,
+                 device=None, dtype: torch.dtype | None = None):  # fmt: skip
         if experts < 1 or not temperature > 0:
             raise ValueError("experts and temperature must be positive, "
                              f"not {experts!r} and {temperature!r}")  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
                          dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode,
-                         padding_value=padding_value)  # fmt: skip
+                         padding_value=padding_value, device=device, dtype=dtype)  # fmt: skip
         self.experts, self.temperature = experts, temperature
         self.weight = nn.Parameter(self.weight.new_empty(experts, *self.weight.shape))
-        self.gate = nn.Linear(in_channels, experts)
+        self.gate = nn.Linear(in_channels, experts, device=device, dtype=dtype)
         self.reset_parameters()
         self.set_quantizers(weight_quantizer, input_quantizer)
 
@@ -458,8 +485,13 @@ def quantized_by(model: nn.Module, weight_quantizer: Quantizer):
 
     BinaryConnect's three methods of test-time inference are ``ste_sign``, ``real_weight`` and
     ``stochastic_sign``. Layers without latent weights are left alone. Batch-norm statistics
-    belong to the weights they were collected under: see `training.reestimate_batchnorm`.
+    belong to the weights they were collected under: see `training.reestimate_batchnorm`. Raises
+    TypeError for None, which is no quantizer: that of the real weights is ``real_weight``.
     """
+    if weight_quantizer is None:
+        raise TypeError("weight_quantizer must be a function such as binarize.ste_sign, not None; "
+                        "binarize.real_weight runs the network on its latent weights"
+                        )  # fmt: skip
     layers = [layer for layer in binary_layers(model) if layer.weight_quantizer is not None]
     before = [layer.weight_quantizer for layer in layers]
     try:
@@ -469,6 +501,79 @@ def quantized_by(model: nn.Module, weight_quantizer: Quantizer):
     finally:
         for layer, quantizer in zip(layers, before, strict=True):
             layer.weight_quantizer = quantizer
+
+
+def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None, *,
+              weight_quantizer: Quantizer | None = ste_sign,
+              input_quantizer: Quantizer | None = None) -> nn.Module:  # fmt: skip
+    """Return a copy of a network in which `BinaryLinear` and `BinaryConv2d` replace real layers.
+
+    where: called with the name and the layer for each `torch.nn.Linear` and `torch.nn.Conv2d` that
+    is not binary yet; those for which it is true are replaced. By default all but the first and
+    the last are, in the order of the modules.
+    weight_quantizer, input_quantizer: of the new layers. The old weights become their latent
+    weights; with ``weight_quantizer=None`` only their signs remain.
+
+    Geometry, bias, dtype, device, training mode and ``requires_grad`` stay, and so do parameters
+    that are shared. An activation in front of a layer stays, too: the signs of what a ReLU returns
+    are all +1.
+
+    Raises ValueError if no layer is chosen, and for chosen layers that compute something else or
+    would lose something: those of a subclass, those with hooks.
+
+    >>> net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(7, 6))
+    >>> binary = binarized(net)
+    >>> [type(layer).__name__ for layer in binary]
+    ['Linear', 'BinaryLinear', 'Linear']
+    >>> torch.equal(binary[1].weight, net[1].weight)
+    True
+    """
+    holder = nn.ModuleList([copy.deepcopy(model)])  # the model's parent
+    chosen = _chosen_layers(holder[0], where)
+    binary = {id(layer): _binary_counterpart(layer, weight_quantizer, input_quantizer)
+              for layer in chosen}  # fmt: skip
+    for parent in list(holder.modules()):
+        for name, child in parent._modules.items():  # of one used twice, both
+            parent._modules[name] = binary.get(id(child), child)
+    return holder[0]
+
+
+def _chosen_layers(model: nn.Module, where: Callable | None) -> list[nn.Module]:
+    """Return the real layers that `binarized` replaces, or raise ValueError."""
+    real = {name: module for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not isinstance(module, BinaryLayer)
+            }  # fmt: skip
+    inner = list(real)[1:-1]
+    names = inner if where is None else [name for name in real if where(name, real[name])]
+    if not names:
+        raise ValueError("no layer to make binary: where must choose among "
+                         f"{', '.join(real) or 'the linear layers and convolutions'}; "
+                         "by default it leaves out the first and the last")  # fmt: skip
+    refused = [f"{name} ({type(real[name]).__name__})"
+               for name in names if not _is_plain(real[name])]  # fmt: skip
+    if refused:
+        raise ValueError("only a Linear or a Conv2d itself, without hooks, can become binary; "
+                         f"let where leave out {', '.join(refused)}")  # fmt: skip
+    return [real[name] for name in names]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
+             layer._backward_pre_hooks)  # fmt: skip
+    return type(layer) in (nn.Linear, nn.Conv2d) and not any(hooks)
+
+
+def _binary_counterpart(layer: nn.Module, *quantizers: Quantizer | None) -> BinaryLayer:
+    """Return a binary layer of the same geometry that holds the same parameters."""
+    options = {"bias": layer.bias is not None, "device": "meta"}  # neither memory nor draws
+    if isinstance(layer, nn.Linear):
+        binary = BinaryLinear(layer.in_features, layer.out_features, **options)
+    else:
+        options |= {name: getattr(layer, name) for name in GEOMETRY}
+        binary = BinaryConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+    binary.weight, binary.bias = layer.weight, layer.bias
+    binary.set_quantizers(*quantizers)
+    return binary.train(layer.training)
 
 
 def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:

@@ -101,10 +101,15 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update every weight that has a gradient; return the closure's loss, if there is one."""
+        """Update every weight that has a gradient; return the closure's loss, if there is one.
+
+        Raises ValueError for a rate set outside its bounds or under another key than "lr", and for
+        a latent weight of a `layers.BinaryLayer` where weights of ±1 are expected.
+        """
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
+            self._check_group(group)
             rates = self.rates(group)
             weights, gradients, buffers = self._gather(group)
             if not weights:
@@ -119,6 +124,17 @@ class FlipOptimizer(torch.optim.Optimizer):
                     weight, gradient, *states = ([tensor] for tensor in one)
                     self.update(weight, gradient, states, *rates)
         return loss
+
+    def _check_group(self, group: dict) -> None:
+        """Raise ValueError for a rate under a key that no step reads, and for latent weights."""
+        if self.lr_name != "lr" and self.lr_name in group:
+            raise ValueError(f"set {self.lr_name} as group['lr'], not as group['{self.lr_name}']")
+        if self.binary and any(getattr(weight, "latent", False) for weight in group["params"]):
+            raise ValueError(
+                f"{type(self).__name__} holds a latent weight: its layer has a weight_quantizer, "
+                "whose gradient at ±1 may be 0 or turned round; make the layer with "
+                "weight_quantizer=None, or call set_quantizers(None, ...)"
+            )
 
     def _gather(self, group: dict) -> tuple[Tensors, Tensors, list[Tensors]]:
         """Return the weights that have a gradient, their gradients, and their buffers by name.

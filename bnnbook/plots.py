@@ -37,27 +37,42 @@ def quantizer(function: Callable, ax: Axes, *, span: float = 2.0, points: int = 
     """Draw a quantizer's forward and backward function, both computed from the quantizer itself.
 
     A stochastic quantizer is shown by its draws; the backward curve is the gradient that autograd
-    returns.
+    returns, 0 for a quantizer without one.
     """
-    x = torch.linspace(-span, span, points, requires_grad=True)
-    y = function(x)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    x, y = x.detach(), y.detach()
+    x, y, gradient = _forward_and_backward(function, torch.linspace(-span, span, points))
     if len(y.unique()) == 2 and (y[1:] != y[:-1]).sum() > 2:  # draws, not a step function
         ax.plot(x, y, ".", ms=2.5, color="C0", label="forward, one draw each")
     else:
         ax.step(x, y, where="post", color="C0", label="forward")
     ax.plot(x, gradient, "--", color="C1", label="backward")
-    ax.set(xlabel="w", ylim=(-1.35, 1.35), yticks=(-1, 0, 1), xlim=(-span, span))
+    lowest, highest = torch.stack([y, gradient]).aminmax()
+    low, high = min(-1, lowest.item()), max(1, highest.item())
+    ax.set(xlabel="w", ylim=(low - 0.35, high + 0.35), xlim=(-span, span),
+           yticks=sorted({-1, 0, 1, round(low), round(high)}))  # fmt: skip
     return ax
+
+
+def _forward_and_backward(function: Callable, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return x, the function's values and its gradient there; 0 where autograd has none."""
+    with torch.enable_grad():
+        y = function(x.requires_grad_())
+        found = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
+    gradient = torch.zeros_like(x) if found[0] is None else found[0]
+    return x.detach(), y.detach(), gradient
 
 
 def training_curves(histories, ax: Axes) -> Axes:
     """Draw BinaryConnect's figure 3: training cost (dotted), validation error (solid, in %).
 
     ``histories`` is a frame as of `records.histories`: variant, seed, epoch, train_loss,
-    validation_accuracy. Lines are means over the seeds, bands their range.
+    validation_accuracy. Lines are means over the seeds, bands their range. Without the first two
+    columns, as in the frame of a `training.History`, it is one run. Raises ValueError for a frame
+    without validation_accuracy.
     """
+    if "validation_accuracy" not in histories:
+        raise ValueError("no validation accuracy to draw: train on data.hold_out(n)")
+    missing = {"variant": "run", "seed": 0}.items()
+    histories = histories.assign(**{k: v for k, v in missing if k not in histories})
     cost = ax.twinx()
     colors = _colors(histories.variant)
     for variant, runs in histories.groupby("variant", sort=False):

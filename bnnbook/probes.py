@@ -2,7 +2,7 @@
 
 A probe has ``start(model)``; ``step()``, called after each optimizer step; ``epoch()``, which
 returns the epoch's columns; and ``state_dict`` / ``load_state_dict``, so that a resumed run goes
-on counting.
+on counting. To ask for a measurement before ``start`` raises RuntimeError.
 
 The probes that look inside a step, `ActivationSaturation` and `GradientSample`, register hooks on
 the network. ``stop()`` removes them, and so does leaving a ``with`` block. A probe whose hooks
@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from bnnbook.layers import BinaryLayer, ExpertBinaryConv2d, binary_layers
 
 
+class _SetByStart:
+    """An attribute that a probe's ``start`` sets; until then, reading it is an error."""
+
+    def __get__(self, probe, kind: type):
+        if probe is None:  # asked of the class
+            return self
+        raise RuntimeError(f"{kind.__name__} was not started: call start(model) first")
+
+
 class _OfWeights:
     """Base of the probes of binary weights, which are read anew each time.
 
     A parametrized weight (`torch.nn.utils.parametrize`) is computed at every access.
     """
 
-    layers: Sequence[BinaryLayer] = ()
+    layers: Sequence[BinaryLayer] = _SetByStart()
 
     @property
     def weights(self) -> list[Tensor]:
@@ -49,6 +58,8 @@ class FlipRatio(_OfWeights):
     per_step: keeps the ratio of every step, for `history`. The first step of a cascaded EMA flips
     half of all weights, which a figure may have to leave out.
     """
+
+    flips = recorded = length = _SetByStart()
 
     def __init__(self, per_layer: bool = False, per_step: bool = False):
         self.per_layer, self.per_step = per_layer, per_step
@@ -165,6 +176,8 @@ class C2I(_OfWeights):
     there, nor is it here. Column: ``c2i``. Memory: one byte per weight.
     """
 
+    initial = _SetByStart()
+
     def start(self, model: nn.Module) -> None:
         """Remember the signs the model starts with."""
         self.layers = list(_named_binary_layers(model).values())
@@ -229,6 +242,7 @@ class _Hooked:
     """Base of the probes that register hooks on a network, and remove them again."""
 
     handles = ()
+    steps = _SetByStart()
 
     def stop(self) -> None:
         """Remove the hooks from the network; what was measured stays."""
@@ -257,6 +271,8 @@ class ActivationSaturation(_Hooked):
     Raises ValueError for an ``every`` below 1.
     """
 
+    above = _SetByStart()
+
     def __init__(self, limit: float = 1.0, every: int = 16, per_layer: bool = False):
         if every < 1:
             raise ValueError(f"every must be at least 1, not {every}")
@@ -271,14 +287,16 @@ class ActivationSaturation(_Hooked):
         device = _device([layer.weight for layer in layers.values()])
         self.above = torch.zeros(len(layers), dtype=torch.int64, device=device)
         self.seen = torch.zeros_like(self.above)
-        self.handles = [layer.register_forward_pre_hook(partial(self._look, number))
-                        for number, layer in enumerate(layers.values())]  # fmt: skip
+        self.handles = [
+            layer.register_forward_pre_hook(partial(self._look, number), with_kwargs=True)
+            for number, layer in enumerate(layers.values())
+        ]
 
-    def _look(self, number: int, layer: nn.Module, inputs: tuple) -> None:
+    def _look(self, number: int, layer: nn.Module, inputs: tuple, keywords: dict) -> None:
         # torch.compile recompiles for each new value of a Python number or list that a hook reads:
         # hence a bool, which has two values, and counts in tensors
         if self.looking and layer.training:
-            a = inputs[0].detach()
+            a = (*inputs, *keywords.values())[0].detach()
             self.above[number] += (a.abs() > self.limit).count_nonzero()
             self.seen[number] += a.numel()
 
@@ -330,6 +348,8 @@ class GradientSample(_Hooked):
     uses where autocast means float16, it is still multiplied by the loss scale, which changes in
     the course of a run. A step without a backward pass through a layer leaves zeros.
     """
+
+    buffer = columns = _SetByStart()
 
     def __init__(self, weights: int = 256, steps: int = 4096, *, after: int = 0, seed: int = 0):
         if weights < 1 or steps < 1 or after < 0:
@@ -464,8 +484,10 @@ def binary_report(model: nn.Module):
       of either kind, one of which fires), ``real`` (an ordinary layer).
     - quantizer: the weight quantizer's name, "" without one.
     - values: how many different values the forward pass multiplies with.
-    - binary: the fraction of weights that are exactly -1 or +1.
-    - scaled_binary: whether each output channel is ±s with its own s > 0, ±1 included.
+    - binary: the fraction of weights that are exactly -1 or +1. A latent weight that is NaN or
+      infinite does not count, although its sign would be ±1.
+    - scaled_binary: whether each output channel is ±s with its own s > 0, ±1 included, and all
+      latent weights are finite.
     - input: the input quantizer's name, ``real`` without one.
 
     A stochastic quantizer draws once; torch's generators are left as they were.
@@ -491,7 +513,7 @@ def binary_report(model: nn.Module):
 def _report(layer: nn.Module) -> dict:
     binary = isinstance(layer, BinaryLayer)
     weight = layer.binary_weight() if binary else layer.weight
-    size = weight.abs()
+    size, finite = weight.abs(), layer.weight.isfinite()  # the sign of NaN would be ±1
     # the output channels of each expert count by themselves
     channels = size.flatten(0, 1) if isinstance(layer, ExpertBinaryConv2d) else size
     least, most = channels.flatten(1).aminmax(dim=1)
@@ -499,8 +521,8 @@ def _report(layer: nn.Module) -> dict:
         "weight": _kind(layer),
         "quantizer": _name(layer.weight_quantizer) if binary else "",
         "values": len(weight.unique()),
-        "binary": (size == 1).count_nonzero().item() / size.numel(),
-        "scaled_binary": bool(((least == most) & (least > 0)).all()),
+        "binary": ((size == 1) & finite).count_nonzero().item() / size.numel(),
+        "scaled_binary": bool(((least == most) & (least > 0)).all() and finite.all()),
         "input": (_name(layer.input_quantizer) if binary else "") or "real",
     }
 
@@ -522,7 +544,8 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
     """Raise ValueError, naming the layers, unless all binary layers multiply with exactly ±1.
 
     ``scaled`` also allows ±s with one s > 0 for each output channel, as `magnitude_aware_sign`
-    returns. A model without binary layers raises ValueError too; real layers are not checked.
+    returns. A latent weight that is NaN or infinite is not binary, whatever its sign. A model
+    without binary layers raises ValueError too; real layers are not checked.
 
     >>> from bnnbook.layers import BinaryLinear, quantized_by
     >>> from bnnbook.binarize import real_weight
@@ -544,7 +567,9 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
         for row in report[~passed].itertuples()
     ]
     if wrong:
-        raise ValueError("not binary: " + "; ".join(wrong))
+        finite = all(layer.weight.isfinite().all() for layer in binary_layers(model))
+        hint = "" if finite else "; there are latent weights that are NaN or infinite"
+        raise ValueError("not binary: " + "; ".join(wrong) + hint)
 
 
 def _named_binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:

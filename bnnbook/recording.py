@@ -47,6 +47,10 @@ class Job:
     scale: str = "full"
     epochs: int | None = None
 
+    def __post_init__(self):
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {self.epochs}")
+
     def __str__(self) -> str:
         return f"{self.experiment} {self.variant} seed {self.seed}"
 
@@ -95,8 +99,6 @@ def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int]
     """
     if scale not in records.SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(records.SCALES)}")
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs must be at least 1, not {epochs}")
     chosen = {each for name in only for each in _meant_by(name, scale)}
     named = [n for n in experiments.PRIORITY if not only or n in chosen]
     return [

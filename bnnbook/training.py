@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -26,7 +27,10 @@ from bnnbook.data import Dataset, unit_range
 from bnnbook.layers import BinaryLayer, binary_layers
 
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
-FUNCTIONS = ("loss", "augment", "preprocess", "test_model")  # arguments of `train`
+FUNCTIONS = ("loss", "augment", "preprocess", "test_model", "stop")  # arguments of `train`
+# Columns of a `History` that no probe may have, too.
+COLUMNS = ("epoch", "train_loss", "train_accuracy", "validation_accuracy", "test_accuracy", "lr",
+           "seconds")  # fmt: skip
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # on the progress bar
 # By how much a replayed gradient may differ, relative to its norm: a replay rounds as a step does.
 MOST_OFF = 0.01
@@ -36,7 +40,7 @@ CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is given ano
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or NaN; the message names the epoch and the step."""
+    """The loss or a tensor of the run became infinite or NaN; the message says which, and when."""
 
 
 @dataclass
@@ -161,11 +165,14 @@ def _evaluation_mode(model: nn.Module):
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Return the fraction of rows whose largest output is that of the label.
 
-    Raises ValueError for outputs of another shape than (N, classes), or of fewer than two classes.
+    Raises ValueError for outputs of another shape than (N, classes), or of fewer than two classes,
+    for labels of another shape than (N,), and for N = 0.
 
     >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
     0.5
     """
+    if not len(outputs):
+        raise ValueError("there is nothing to take the accuracy of: the set is empty")
     return _hits(outputs, labels.to(outputs.device)).item() / len(labels)
 
 
@@ -176,11 +183,19 @@ def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
             f"a network has one output per class, of shape (N, classes) with two classes or more; "
             f"this one's are {tuple(outputs.shape)}"
         )
+    if labels.shape != outputs.shape[:1]:  # the comparison below would broadcast
+        raise ValueError(
+            f"labels are one number per row, of shape ({len(outputs)},) for outputs of shape "
+            f"{tuple(outputs.shape)}; these are {tuple(labels.shape)}"
+        )
     return (outputs.argmax(1) == labels).sum()
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> float:
-    """Return the accuracy of the model in evaluation mode; options as in `predict`."""
+    """Return the accuracy of the model in evaluation mode; options as in `predict`.
+
+    Raises ValueError as `accuracy` and `predict` do.
+    """
     return accuracy(predict(model, images, **options), labels)
 
 
@@ -231,8 +246,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
           loss: Callable = cross_entropy, augment: Callable | None = None,
           preprocess: Callable = unit_range, schedulers=(), probes=(),
           test_model: Callable[[nn.Module], nn.Module] | None = None, evaluate_every: int = 1,
-          seed: int = 0, device=None, autocast: bool = True, compile: bool = False,
-          graph: bool = False,
+          stop: Callable[[list[dict]], bool] | None = None, seed: int = 0, device=None,
+          autocast: bool = True, compile: bool = False, graph: bool = False,
           checkpoint: str | os.PathLike | None = None, checkpoint_minutes: float | None = None,
           progress: bool | None = None) -> History:  # fmt: skip
     """Train the model in place and return its `History`, one row per epoch.
@@ -243,10 +258,15 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
 
     optimizers: one torch optimizer or several; each steps once per batch, without a closure.
     loss: a function of the outputs, in float32, and the labels.
+    augment: a function of a whole batch, uint8 (N, C, H, W), such as `data.crop_flip`. A random
+    transform of torchvision draws only once for all of the batch.
     schedulers: one torch scheduler or several; each steps once per epoch, without a metric.
     probes: one or several, see `bnnbook.probes`.
     test_model: a function of the model that returns the network to evaluate; by default the model.
     evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
+    stop: a function of the history's rows so far; where it returns True after an epoch, that was
+    the last one. It should depend on the rows alone, so that a resumed run ends at the same epoch.
+    With an ``evaluate_every`` above 1, the rows between two evaluations have no accuracies.
     device: "cpu", "cuda", "auto" (CUDA if available) or None for the model's own; it must be of
     the same type as the model's.
     autocast: compute in the dtype that `autocast_dtype` chooses: on a CPU usually float32.
@@ -268,32 +288,36 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     by their code.
     progress: show a progress bar; by default only on a terminal and on Colab.
 
-    Raises NonFiniteLossError if the loss becomes infinite or NaN, checkpoints.CheckpointError for
-    a checkpoint that is damaged or of another run, graphs.GraphError for a step that cannot be
-    recorded, ValueError for unsuitable arguments, and KeyboardInterrupt on Ctrl-C.
+    Raises NonFiniteLossError if the loss becomes infinite or NaN, or, as is looked up after the
+    first step and after each epoch, a parameter, a buffer (a mask's -inf excepted) or an
+    optimizer's average; checkpoints.CheckpointError for a checkpoint that is damaged or of another
+    run, graphs.GraphError for a step that cannot be recorded, ValueError or TypeError for
+    unsuitable arguments, and KeyboardInterrupt on Ctrl-C.
     """
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
     device = _device_of(model) if device is None else choose_device(device)
     run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
                augment=augment, preprocess=preprocess, schedulers=_as_tuple(schedulers),
-               probes=_as_tuple(probes), test_model=test_model, every=evaluate_every, seed=seed,
-               device=device, autocast=autocast, compile=compile, graph=graph,
+               probes=_as_tuple(probes), test_model=test_model, every=evaluate_every, stop=stop,
+               seed=seed, device=device, autocast=autocast, compile=compile, graph=graph,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
     with (
         _reproducible(run.device, seed), _stop_signals(run), _hooks_off_after(run.probes),
         _bar(run, progress) as bar,
     ):  # fmt: skip
         run.resume()
-        if run.epoch < epochs:
+        is_over = run.is_over()
+        if not is_over:
             run.record_graph()
-        while run.epoch < epochs:
+        while not is_over:
             bar.update(run.epoch - bar.n)
             train_epoch(run)
             run.end_epoch()
             bar.set_postfix(run.summary())
             run.save_when_due()
-        bar.update(epochs - bar.n)
+            is_over = run.is_over()
+        bar.update(run.epoch - bar.n)
         run.save_if_possible()
         run.save_when_due()  # after Ctrl-C in the meantime, raise: nothing else shall begin
     return History(run.rows)
@@ -406,7 +430,7 @@ class _Run:
         self.__dict__.update(settings)
         self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
         self.epochs, self.batch_size = epochs, batch_size
-        self.checkpoint, self.minutes, self.stop = checkpoint, minutes, None
+        self.checkpoint, self.minutes, self.signal = checkpoint, minutes, None
         self.labels = self.data.train_labels
         self.steps = len(self.labels) // batch_size
         self.channels_last = any(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -471,6 +495,8 @@ class _Run:
     def after_step(self) -> None:
         """Check the losses from time to time, and save or stop when that is due."""
         if self.step == 1 and self.epoch == 0:
+            self.check_losses()
+            _check_finite(self.model, self.optimizers)
             _check_binary(self.model)
         is_cpu = self.device.type == "cpu"  # on a GPU, a check has to wait for the device
         if self.step == self.steps or (is_cpu and self.step % CHECK_EVERY == 0):
@@ -480,7 +506,7 @@ class _Run:
 
     def save_when_due(self) -> None:
         """Save when it is time; after Ctrl-C, save and raise KeyboardInterrupt."""
-        if self.stop is not None:
+        if self.signal is not None:
             self.check_losses()
             self.save()
             where = f"; {self.checkpoint} holds the run, the same call continues it"
@@ -513,7 +539,8 @@ class _Run:
             "lr": self.optimizers[0].param_groups[-1]["lr"],
         }
         for probe in self.probes:
-            row.update(probe.epoch())
+            _add_columns(row, probe)
+        _check_finite(self.model, self.optimizers)
         _check_binary(self.model)
         for scheduler in self.schedulers:
             scheduler.step()
@@ -525,6 +552,11 @@ class _Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.hits.zero_()
 
+    def is_over(self) -> bool:
+        """Return whether there is no further epoch: after the last one, or if `stop` says so."""
+        between = self.stop is not None and self.rows and self.step == 0
+        return bool(between and self.stop([*self.rows])) or self.epoch == self.epochs
+
     def is_evaluated(self) -> bool:
         """Return whether the network is evaluated after the current epoch."""
         return (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.epochs
@@ -532,6 +564,8 @@ class _Run:
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies of the network that `test_model` makes."""
         network = self.test_model(self.model) if self.test_model else self.model
+        if network is not self.model:  # which is checked when the epoch is complete
+            _check_finite(network)
         _check_binary(network)
         sets = {"validation": self.data.validation_images, "test": self.data.test_images}
         labels = {"validation": self.data.validation_labels, "test": self.data.test_labels}
@@ -635,6 +669,54 @@ class _Run:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
 
+def _add_columns(row: dict, probe) -> None:
+    """Add a probe's columns; raise ValueError for one that the loop or another probe has."""
+    columns = probe.epoch()
+    taken = [name for name in columns if name in COLUMNS or name in row]
+    if taken:
+        raise ValueError(
+            f"{type(probe).__name__} returns the column {taken[0]!r}, which the loop or another "
+            "probe has already: leave one of the two probes out, or rename its column"
+        )
+    row.update(columns)
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, optimizers: Iterable = ()) -> None:
+    """Raise NonFiniteLossError, naming the tensor, for one that is not finite any more."""
+    held = {name: tensor for name, tensor in _held(model, optimizers) if tensor.numel()}
+    if not held:
+        return
+    device = next(iter(held.values())).device  # Adam counts its steps on the CPU
+    # aminmax takes one pass over memory, and both are NaN if an entry is; one wait for the device
+    ends = [torch.stack(tensor.aminmax()).to(device, torch.float64) for tensor in held.values()]
+    finite = torch.stack(ends).isfinite().all(1).tolist()
+    bad = [name for name, is_finite in zip(held, finite, strict=True) if not is_finite]
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if bad[1:] else ""
+        raise NonFiniteLossError(
+            f"{bad[0]}{more} holds NaN or infinite numbers, although the loss is finite: the sign "
+            "of NaN is still ±1, and a weight whose averaged gradient is not finite never learns "
+            "again. Look at what augment and preprocess return (a NaN pixel, a division by 0), "
+            "then at the gradients and the learning rate"
+        )
+
+
+def _held(model: nn.Module, optimizers: Iterable) -> Iterable[tuple[str, Tensor]]:
+    """Yield the floating-point tensors of a model and of its optimizers' states, by name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    yield from ((name, p) for p, name in names.items() if p.is_floating_point())
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            yield name, buffer.clamp(min=0)  # an attention mask holds -inf
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            whose = f"of {names.get(parameter, 'a parameter')} in {type(optimizer).__name__}"
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    yield f"{name} {whose}", value
+
+
 def _check_binary(model: nn.Module) -> None:
     """Raise ValueError if weights without a quantizer are not ±1: results would not be binary."""
     for name, layer in model.named_modules():
@@ -650,8 +732,21 @@ def _as_tuple(parts) -> tuple:
     return tuple(parts) if isinstance(parts, Iterable) else (parts,)
 
 
+def _check_types(data, **counts) -> None:
+    """Raise TypeError for data that is no Dataset, and for counts that are not whole numbers."""
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"data must be a bnnbook.data.Dataset, not a {type(data).__name__}: data.load makes "
+            "one of a known set, data.Dataset of your own images and labels"
+        )
+    for name, number in counts.items():
+        if not isinstance(number, Integral):
+            raise TypeError(f"{name} must be a whole number, not {number!r}")
+
+
 def _validate(data, optimizers, epochs, every, batch_size, model, device) -> None:
-    """Raise ValueError for numbers, optimizers or a device that `train` cannot use."""
+    """Raise an error for data, numbers, optimizers or a device that `train` cannot use."""
+    _check_types(data, epochs=epochs, evaluate_every=every, batch_size=batch_size)
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     if every < 1:
@@ -762,9 +857,9 @@ def _stop_signals(run: _Run):
         return
 
     def ask(number, frame):
-        if run.stop is not None:  # the second Ctrl-C does not wait
+        if run.signal is not None:  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
-        run.stop = number
+        run.signal = number
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -230,36 +230,6 @@ def test_the_networks_of_the_page_learn(names, network):
     assert names["accuracy"](names[network]) > 0.6  # chance is 0.1
 
 
-def parts(network) -> list:
-    return [(name, p.shape, p.dtype) for name, p in network.named_parameters()]
-
-
-def test_a_network_made_binary_keeps_its_parameters(names):
-    from torchvision.models import mobilenet_v2
-
-    network = mobilenet_v2(num_classes=10)  # its convolutions have groups
-    before = parts(network)
-    names["binarise"](network)
-    assert parts(network) == before
-    assert len(list(binary_layers(network))) == 18
-
-
-@pytest.mark.parametrize("options", [
-    {"groups": 2}, {"dilation": 2, "padding": 3}, {"stride": 2, "bias": False},
-    {"padding": 1, "padding_mode": "circular"}, {"padding": "same"},
-])  # fmt: skip
-def test_a_convolution_made_binary_is_one_of_the_same_kind(names, options):
-    real = torch.nn.Conv2d(4, 4, 3, **options).double()
-    binary = names["binary_twin"](real)
-    assert parts(binary) == parts(real)
-    x = torch.randn(2, 4, 9, 9, dtype=torch.float64).sign()
-    if real.bias is not None:
-        torch.nn.init.zeros_(real.bias)
-    with torch.no_grad():
-        real.weight.copy_(binary.binary_weight())
-        assert torch.equal(binary(x), real(x))
-
-
 def test_latent_weights_are_clipped(names):
     for layer in binary_layers(names["latent"]):
         assert layer.weight.abs().max() <= 1

@@ -562,6 +562,7 @@ def test_record_imports_and_says_what(toy, tmp_path):
         (["record", "--scale", "huge"], "unknown scale 'huge'; known: small, full"),
         (["record", "--import", "nowhere"], "nowhere is not a folder"),
         (["record", "--epochs", 0], "epochs must be at least 1, not 0"),
+        (["run", NAME, "--epochs", -3], "epochs must be at least 1, not -3"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(monkeypatch, capsys, arguments, words):

@@ -260,12 +260,14 @@ def test_other_types(dtype):
 @pytest.mark.parametrize(("quantizer", "message"), [
     (binarize.stochastic_sign, "draws new weights"),
     (partial(binarize.stochastic_sign, generator=None), "draws new weights"),
+    (lambda w: binarize.stochastic_sign(w), "draws new weights"),
     (binarize.real_weight, "several magnitudes"),
     (partial(binarize.dorefa_weight, bits=2), "several magnitudes"),
 ])  # fmt: skip
 def test_weights_that_are_no_signs_are_refused_and_stay(quantizer, message):
     options = {"weight_quantizer": quantizer, "input_quantizer": ste_sign}
     for layer in (layers.BinaryLinear(20, 3, **options), layers.BinaryConv2d(2, 3, 3, **options)):
+        draws = torch.get_rng_state()
         with pytest.raises(ValueError, match=message):
             (inference.PackedLinear if isinstance(layer, nn.Linear) else inference.PackedConv2d)(
                 layer
@@ -273,6 +275,48 @@ def test_weights_that_are_no_signs_are_refused_and_stay(quantizer, message):
         packed = pack_network(nn.Sequential(layer))
         assert type(packed[0]) is type(layer)
         assert inference.real_layers(packed) == {"0": 4 * layer.weight.numel()}
+        assert torch.get_rng_state().equal(draws)
+
+
+def tanh_sign(x):
+    soft = torch.tanh(2 * x)
+    return binarize.sign(x) + (soft - soft.detach())
+
+
+class Threshold(nn.Module):
+    """A sign only as long as its threshold is 0, which a state_dict may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return ste_sign(x + self.shift)
+
+
+@pytest.mark.parametrize(("quantizer", "is_sign"), [
+    (tanh_sign, True),
+    (lambda x: ste_sign(x), True),
+    (lambda x: binarize.stochastic_sign(x), False),
+    (lambda x: ste_sign(x - 1e-3), False),
+    (lambda x: ste_sign(x - x.mean()), False),
+    (lambda x: ste_sign(-x), False),
+    (lambda x: x.sign_(), False),
+    (torch.sign, False),  # of 0 is 0
+    (nn.Hardtanh(), False),
+    (lambda x: x.no_such_method(), False),
+    (Threshold(), False),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_quantizer_of_ones_own_is_known_by_its_values(quantizer, is_sign, dtype):
+    layer = layers.BinaryLinear(65, 3, input_quantizer=quantizer, dtype=dtype)
+    draws = torch.get_rng_state()
+    packed = inference.PackedLinear(layer)
+    assert torch.get_rng_state().equal(draws)
+    assert packed.binary_input == is_sign
+    if is_sign:
+        x = torch.randn(9, 65, dtype=dtype)
+        assert packed(x).equal(layer(x))
 
 
 @pytest.mark.parametrize(("layer", "shape"), [
@@ -579,6 +623,33 @@ def test_packing_changes_nothing_in_the_model():
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
     packed(torch.randn(3, 1, 8, 8))
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"weight_quantizer": None}, {"padding": "same"}, {"padding_value": -1.0},
+])  # fmt: skip
+def test_the_same_bits_are_multiplied_as_floats(options, monkeypatch):
+    net = settled(small_binarynet(**options), (1, 8, 8))
+    bits, x = pack_network(net), torch.randn(50, 1, 8, 8)
+    floats = pack_network(net, multiply="floats")
+    floats.load_state_dict(bits.state_dict())
+    assert [type(module) for module in floats] == [type(module) for module in bits]
+    expected = bits(x)
+    monkeypatch.setattr(inference, "xnor_product", None)
+    assert floats(x).equal(expected)
+    assert floats(x).equal(net(x))
+
+
+def test_an_expert_too_is_multiplied_as_floats(monkeypatch):
+    layer = layers.ExpertBinaryConv2d(3, 4, 3, experts=2).eval()
+    monkeypatch.setattr(inference, "xnor_product", None)
+    x = torch.randn(5, 3, 8, 8)
+    assert pack_network(layer, multiply="floats")(x).equal(layer(x))
+
+
+def test_unknown_ways_to_multiply_are_refused():
+    with pytest.raises(ValueError, match="unknown multiply 'words'; known: bits, floats"):
+        pack_network(nn.Linear(2, 2), multiply="words")
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors"])

@@ -1,5 +1,7 @@
 """Binary layers: what is multiplied, what is trained, and what the loss is."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from bnnbook import layers
-from bnnbook.binarize import magnitude_aware_sign, real_weight, ste_sign, stochastic_sign
+from bnnbook.binarize import magnitude_aware_sign, real_weight, sign, ste_sign, stochastic_sign
 from bnnbook.models import binaryconnect_mlp
 from bnnbook.optim import split_parameters
 
@@ -181,6 +183,143 @@ def test_quantized_by_leaves_magnitude_free_weights_alone():
     model = nn.Sequential(layers.BinaryLinear(3, 3, weight_quantizer=None))
     with layers.quantized_by(model, real_weight):
         assert model[0].weight_quantizer is None
+
+
+@pytest.mark.parametrize("model", [
+    layers.BinaryLinear(3, 3), nn.Sequential(layers.BinaryLinear(3, 3, weight_quantizer=None)),
+])  # fmt: skip
+def test_no_quantizer_is_not_another_quantizer(model):
+    before = [layer.weight_quantizer for layer in layers.binary_layers(model)]
+    with pytest.raises(TypeError, match=r"real_weight runs"), layers.quantized_by(model, None):
+        pass
+    assert [layer.weight_quantizer for layer in layers.binary_layers(model)] == before
+
+
+def test_latent_weights_are_not_multiplied_with_for_want_of_a_quantizer():
+    layer = layers.BinaryLinear(6, 4)
+    for copied in (layer, copy.deepcopy(layer)):
+        with pytest.raises(ValueError, match=r"exactly ±1; set_quantizers\(None, \.\.\.\)"):
+            copied.weight_quantizer = None
+        assert copied.binary_weight().abs().eq(1).all()
+    layer.set_quantizers(None, ste_sign)
+    layer.weight_quantizer = layer.input_quantizer = None
+    assert layer.weight.abs().eq(1).all()
+
+
+@pytest.mark.parametrize(("kind", "arguments", "shape"), [
+    *LAYERS, (layers.ExpertBinaryConv2d, (3, 4, 3), (5, 3, 8, 8))])  # fmt: skip
+@pytest.mark.parametrize("quantizer", [ste_sign, None])
+def test_layers_are_made_on_a_device_and_in_a_type(kind, arguments, shape, quantizer):
+    options = {"weight_quantizer": quantizer, "bias": True}
+    layer = kind(*arguments, **options, device="cpu", dtype=torch.float64)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    assert layer(torch.randn(shape, dtype=torch.float64)).dtype == torch.float64
+    empty = nn.utils.skip_init(kind, *arguments, **options, dtype=torch.float64)
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.binary_weight(), layer.binary_weight())
+    assert {p.device.type for p in kind(*arguments, device="meta").parameters()} == {"meta"}
+
+
+# --- A real network made binary ------------------------------------------------------------------
+
+
+def manual_twin(real, weight_quantizer, input_quantizer):
+    """A real layer as a binary one, with its weights copied number by number."""
+    options = {"weight_quantizer": weight_quantizer, "input_quantizer": input_quantizer}
+    options["bias"] = real.bias is not None
+    if isinstance(real, nn.Linear):
+        twin = layers.BinaryLinear(real.in_features, real.out_features, **options)
+    else:
+        geometry = {name: getattr(real, name) for name in layers.GEOMETRY}
+        twin = layers.BinaryConv2d(real.in_channels, real.out_channels, real.kernel_size,
+                                   **geometry, **options)  # fmt: skip
+    state = {name: p.detach().clone() for name, p in real.named_parameters()}
+    if weight_quantizer is None:
+        state["weight"] = torch.where(state["weight"] >= 0, 1.0, -1.0).to(state["weight"])
+    twin.double().load_state_dict(state)
+    return twin
+
+
+INNER = [
+    (nn.Linear(6, 4), (5, 6)),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 9, 9)),
+    (nn.Conv2d(4, 4, 3, dilation=2, padding=3, bias=False), (2, 4, 9, 9)),
+    (nn.Conv2d(4, 4, (1, 3), stride=2, padding="valid"), (2, 4, 9, 9)),
+    (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (2, 4, 9, 9)),
+    (nn.Conv2d(4, 4, 3, padding="same"), (2, 4, 9, 9)),
+]
+
+
+@pytest.mark.parametrize(("real", "shape"), INNER)
+@pytest.mark.parametrize("quantizer", [ste_sign, magnitude_aware_sign, None])
+def test_a_layer_made_binary_keeps_its_weights_and_its_geometry(real, shape, quantizer):
+    real = copy.deepcopy(real).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    draws = torch.get_rng_state()
+    q = {"weight_quantizer": quantizer, "input_quantizer": ste_sign}
+    binary = layers.binarized(real, lambda name, layer: True, **q)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert torch.equal(sign(binary.weight), sign(real.weight))
+    assert torch.equal(binary.weight, real.weight) == (quantizer is not None)
+    assert torch.equal(binary(x), manual_twin(real, *q.values())(x))
+
+
+def real_network():
+    torch.manual_seed(0)
+    inner = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), inner, nn.BatchNorm2d(4), inner, nn.Flatten())
+    return network.extend([nn.Linear(144, 7), nn.Linear(7, 2)])
+
+
+def test_all_but_the_first_and_the_last_layer_become_binary_in_a_copy():
+    network = real_network().eval()
+    network[1].weight.requires_grad_(False).data = network[1].weight.bfloat16()
+    network[1].train()
+    binary = layers.binarized(network)
+    kinds = [type(layer) for layer in binary if "weight" in dict(layer.named_parameters())]
+    assert kinds == [nn.Conv2d, layers.BinaryConv2d, nn.BatchNorm2d, layers.BinaryConv2d,
+                     layers.BinaryLinear, nn.Linear]  # fmt: skip
+    assert binary[1] is binary[3]  # used twice, as before
+    assert [m.training for m in binary.modules()] == [m.training for m in network.modules()]
+    pairs = list(zip(binary.named_parameters(), network.named_parameters(), strict=True))
+    for (name, ours), (theirs_name, theirs) in pairs:
+        assert (name, ours.requires_grad, ours.dtype) == (
+            theirs_name, theirs.requires_grad, theirs.dtype)  # fmt: skip
+        assert torch.equal(ours, theirs)
+        assert ours is not theirs
+    assert not any(layers.binary_layers(network))
+
+
+def test_where_chooses_the_layers_that_become_binary():
+    from torchvision.models import mobilenet_v2
+
+    network = mobilenet_v2(num_classes=10)  # its convolutions have groups
+    small = lambda name, layer: getattr(layer, "kernel_size", 0) == (3, 3)  # noqa: E731
+    binary = layers.binarized(network, small)
+    assert len(list(layers.binary_layers(binary))) == 18
+    last = layers.binarized(network, lambda name, layer: name == "classifier.1")
+    assert [name for name, m in last.named_modules()
+            if isinstance(m, layers.BinaryLayer)] == ["classifier.1"]  # fmt: skip
+
+
+def hooked():
+    network = real_network()
+    network[5].register_forward_hook(lambda *_: None)
+    return network
+
+
+@pytest.mark.parametrize(("network", "where", "message"), [
+    (real_network(), lambda name, layer: False, "must choose among 0, 1, 5, 6; by default"),
+    (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), None, "must choose among 0, 1"),
+    (nn.ReLU(), None, "must choose among the linear layers and convolutions"),
+    (nn.MultiheadAttention(4, 2), lambda name, layer: True, r"leave out out_proj \(NonDyn"),
+    (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), lambda name, layer: True, "Param"),
+    (hooked(), None, r"without hooks, can become binary; let where leave out 5 \(Linear\)"),
+    (layers.binarized(real_network()), None, "must choose among 0, 6"),
+])  # fmt: skip
+def test_what_cannot_become_binary_is_named(network, where, message):
+    with pytest.raises(ValueError, match=message):
+        layers.binarized(network, where)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
@@ -1013,3 +1152,7 @@ def test_features_are_extracted_where_binary_layers_are_leaves():
 def test_what_is_no_quantizer_is_refused_when_the_layer_is_made(kind, wrong):
     with pytest.raises(TypeError, match=f"{kind} must be a function such as binarize"):
         layers.BinaryLinear(3, 2, **{kind: wrong})
+    layer = layers.BinaryLinear(3, 2, input_quantizer=ste_sign)
+    with pytest.raises(TypeError, match=f"{kind} must be a function such as binarize"):
+        setattr(layer, kind, wrong)
+    assert getattr(layer, kind) is ste_sign

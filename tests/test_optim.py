@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnnbook import data, layers, optim, probes, training
-from bnnbook.binarize import magnitude_aware_sign, sign, ste_sign
+from bnnbook.binarize import approx_sign, magnitude_aware_sign, sign, ste_sign
 from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
 from tests import reference
 
@@ -719,6 +719,37 @@ def test_a_refused_group_is_not_added():
     with pytest.raises(ValueError, match="gamma must be"):
         optimizer.add_param_group({"params": weights_of(start((2,))), "gamma": 5})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("rule", BINARY_RULES)
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+@pytest.mark.parametrize("kind", [
+    partial(layers.BinaryLinear, 6, 4), partial(layers.ExpertBinaryConv2d, 3, 4, 3),
+])  # fmt: skip
+def test_a_rule_that_flips_refuses_latent_weights(rule, copied, kind):
+    """At ±1 the gradient of approx_sign is 0 and that of swish_sign turned round."""
+    layer = copied(kind(weight_quantizer=approx_sign))
+    optimizer = make(rule, [layer.weight])
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(ValueError, match=rf"{rule} holds a latent weight.*set_quantizers\(None"):
+        optimizer.step()
+    layer.set_quantizers(None, ste_sign)
+    optimizer.step()
+    layer.set_quantizers(ste_sign, ste_sign)
+    make("LatentSGD", [layer.weight]).step()
+
+
+@pytest.mark.parametrize("kind", [
+    partial(optim.CascadedEMA, alpha=0.1, gamma=0.1),
+    partial(optim.Bop, gamma=0.1, threshold=0.0),
+    partial(optim.RankedFlips, fraction=0.1),
+])  # fmt: skip
+def test_a_rate_under_the_papers_name_is_not_ignored(kind):
+    optimizer = kind([nn.Parameter(torch.ones(3))])
+    optimizer.step()
+    optimizer.param_groups[0][optimizer.lr_name] = 0.5
+    with pytest.raises(ValueError, match=rf"set {optimizer.lr_name} as group\['lr'\]"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

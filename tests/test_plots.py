@@ -15,9 +15,18 @@ import torch
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from toy import run
 
 from bnnbook import filters, plots
-from bnnbook.binarize import hard_sigmoid, real_weight, ste_sign, stochastic_sign
+from bnnbook.binarize import (
+    approx_sign,
+    hard_sigmoid,
+    real_weight,
+    sign,
+    ste_sign,
+    stochastic_sign,
+    swish_sign,
+)
 from bnnbook.experiments.binaryconnect import PAPER, VARIANTS
 
 
@@ -175,6 +184,34 @@ def test_a_quantizer_is_drawn_as_it_is(ax, function, forward, backward):
     assert lines(ax)["forward"].get_linestyle() != lines(ax)["backward"].get_linestyle()
 
 
+@pytest.mark.parametrize(("function", "ticks"), [
+    (ste_sign, [-1, 0, 1]), (stochastic_sign, [-1, 0, 1]), (sign, [-1, 0, 1]),
+    (approx_sign, [-1, 0, 1, 2]), (swish_sign, [-1, 0, 1, 5]), (real_weight, [-2, -1, 0, 1, 2]),
+])  # fmt: skip
+def test_nothing_of_a_quantizer_is_cut_off(ax, function, ticks):
+    plots.quantizer(function, ax)
+    values = np.concatenate([xy(line)[1] for line in ax.lines])
+    low, high = ax.get_ylim()
+    assert low == pytest.approx(min(-1, values.min()) - 0.35)
+    assert high == pytest.approx(max(1, values.max()) + 0.35)
+    assert ax.get_yticks().tolist() == ticks
+
+
+@pytest.mark.parametrize("function", [sign, lambda x: sign(x) + torch.zeros(1).requires_grad_()])
+def test_a_quantizer_without_a_gradient_is_drawn_with_gradient_zero(ax, function):
+    plots.quantizer(function, ax)
+    x, y = xy(lines(ax)["backward"])
+    assert len(x) == 801
+    assert not y.any()
+    assert set(xy(lines(ax)["forward"])[1]) == {-1, 1}
+
+
+def test_a_gradient_is_drawn_where_none_is_wanted(ax):
+    with torch.no_grad():
+        plots.quantizer(ste_sign, ax)
+    assert set(xy(lines(ax)["backward"])[1]) == {0, 1}
+
+
 def test_the_step_of_the_sign_is_drawn_at_zero(ax):
     plots.quantizer(ste_sign, ax)
     line = lines(ax)["forward"]
@@ -226,6 +263,28 @@ def test_runs_of_two_experiments_cannot_be_mixed_up_in_one_curve(ax):
     both = pd.concat([frame, frame.assign(experiment="other")])
     with pytest.raises(ValueError, match="duplicate"):
         plots.training_curves(both, ax)
+
+
+def test_training_curves_of_one_run_are_those_of_its_history(ax):
+    frame = run(4)[1].frame
+    plots.training_curves(frame, ax)
+    cost = next(other for other in ax.figure.axes if other is not ax)
+    (line,) = ax.lines
+    x, y = xy(line)
+    np.testing.assert_array_equal(x, [1, 2, 3, 4])
+    np.testing.assert_allclose(y, 100 - 100 * frame.validation_accuracy)
+    np.testing.assert_allclose(xy(cost.lines[0])[1], frame.train_loss)
+    assert list(frame.columns) == list(run(1)[1].frame.columns)  # the frame is left as it was
+    with pytest.raises(ValueError, match="hold_out"):
+        plots.training_curves(frame.drop(columns="validation_accuracy"), ax)
+
+
+def test_training_curves_of_one_variant_need_no_name(ax):
+    frame = histories().query("variant == 'none'").drop(columns="variant")
+    plots.training_curves(frame, ax)
+    (line,) = ax.lines
+    np.testing.assert_allclose(
+        xy(line)[1], 100 - 100 * frame.groupby("epoch").validation_accuracy.mean())  # fmt: skip
 
 
 def test_errors_places_each_run_and_the_papers_number(ax):

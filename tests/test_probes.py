@@ -125,6 +125,25 @@ def test_probes_without_binary_weights_give_no_column():
         assert probe.epoch() == {}
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_probe_that_was_not_started_says_so(name):
+    def used(probe):
+        probe.step()
+        return probe.epoch()
+
+    probe, started = EVERY[name](), EVERY[name]()
+    started.start(mixed_network())
+    reads = {"flips": [probes.FlipRatio.history], "gradients": [probes.GradientSample.gradients]}
+    if state := started.state_dict():
+        used_state = [lambda p: p.state_dict(), lambda p: p.load_state_dict(state)]
+    else:
+        used_state = []
+    for use in (used, *reads.get(name, []), *used_state):
+        use(started)
+        with pytest.raises(RuntimeError, match=r"was not started: call start\(model\) first"):
+            use(probe)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_flips_of_each_layer_and_step(device):
     model, generator = mixed_network().to(device), np.random.default_rng(0)
@@ -339,6 +358,23 @@ def test_activation_saturation_at_the_limit_and_with_another_limit():
             probe.start(model)
             model(torch.tensor([[1.0, -1.0, -2.0, 2.5]]))
             assert probe.epoch() == {"activation_saturation": share}
+
+
+def test_activation_saturation_of_an_input_that_is_given_by_its_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layers.BinaryLinear(4, 1, input_quantizer=ste_sign)
+
+        def forward(self, x):
+            return self.layer(x=x)
+
+    model = Named()
+    with probes.ActivationSaturation() as probe:
+        probe.start(model)
+        model(torch.tensor([[1.0, -1.5, -2.0, 2.5]]))
+        assert probe.epoch() == {"activation_saturation": 0.75}
+    assert not model.layer._forward_pre_hooks
 
 
 def test_a_resumed_activation_saturation_looks_at_the_same_steps():
@@ -696,6 +732,23 @@ def test_require_binary():
         probes.require_binary(model)
     assert "layer 0 (latent, real_weight): 72 values" in str(e.value)
     assert "layer 1 (binary)" in str(e.value)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("quantizer", [ste_sign, magnitude_aware_sign, stochastic_sign])
+def test_latent_weights_that_are_not_finite_are_not_binary(number, quantizer):
+    model = nn.Sequential(layers.BinaryLinear(5, 4, weight_quantizer=quantizer),
+                          layers.ExpertBinaryConv2d(1, 2, 2, experts=2))  # fmt: skip
+    with torch.no_grad():
+        for layer in layers.binary_layers(model):
+            layer.weight.view(-1)[-1] = number
+    report = probes.binary_report(model)
+    report = report[report["weight"] != "real"]
+    assert report["binary"].tolist() == [0 if quantizer is magnitude_aware_sign else 0.95, 15 / 16]
+    assert not report["scaled_binary"].any()
+    for scaled in (False, True):
+        with pytest.raises(ValueError, match=r"layer 0 .*; layer 1 .*are NaN or infinite"):
+            probes.require_binary(model, scaled=scaled)
 
 
 def test_require_binary_up_to_a_scale():

@@ -363,6 +363,21 @@ def test_flips_of_layers_are_pooled_by_their_sizes():
     assert pooled.shape == (26,)
 
 
+@pytest.mark.parametrize("decay", sorted(quist2023.DECAYS))
+def test_the_noise_of_a_run_follows_its_schedule_step_by_step(decay):
+    recipe = {"alpha": 0.2, "gamma": 0.5, "decay": decay, "epochs": 3}
+    found = quist2023.noise_flips(recipe, 20)
+    alphas = 0.2 * np.array([quist2023.DECAYS[decay](i / 60) for i in range(60)])
+    rng, flips = np.random.default_rng(0), np.zeros(60)
+    m = g = np.zeros(20_000)
+    for i, alpha in enumerate(alphas):  # the filter itself, on noise
+        m = 0.5 * m + 0.5 * rng.normal(size=m.shape)
+        before, g = g, (1 - alpha) * g + alpha * m
+        flips[i] = np.mean(np.sign(before) != np.sign(g)) if i else 0.5
+    assert found == pytest.approx(flips.reshape(3, 20).mean(1), abs=0.003)
+    assert found[0] > found[2] or decay == "none"
+
+
 def test_an_interrupted_run_ends_in_the_same_record(tmp_path, monkeypatch, press_ctrl_c_at):
     monkeypatch.setitem(quist2023.RECIPES, "alpha_decay", {"small": TINY})
     straight = quist2023.alpha_decay(device="cpu")

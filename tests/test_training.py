@@ -114,6 +114,38 @@ def test_resumed_after_ctrl_c_equals_uninterrupted(tmp_path, steps, kind):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def after_three(rows):
+    """End after the third epoch, as seen from the rows alone."""
+    assert [row["epoch"] for row in rows] == [*range(1, len(rows) + 1)]
+    return len(rows) == 3
+
+
+def test_a_run_ends_where_stop_says_so():
+    lengths = []
+    whole = run(5, stop=lambda rows: lengths.append(len(rows)))  # which returns None
+    assert lengths == [1, 2, 3, 4, 5]
+    assert_same(whole, run(5))
+    stopped = run(5, stop=after_three)
+    assert_same(stopped, run(3))
+    best = run(9, stop=lambda rows: rows[-1]["epoch"] - training.History(rows).best()["epoch"] > 1)
+    assert best[1].rows[-1]["epoch"] == best[1].best()["epoch"] + 2 < 9
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10, 15])  # 15: at the end of the last epoch
+def test_a_resumed_run_ends_where_stop_says_so(tmp_path, steps):
+    path = tmp_path / "run.pt"
+    straight = run(5, stop=after_three, probes=[StopAfter(-1)])
+    with pytest.raises(KeyboardInterrupt):
+        run(5, stop=after_three, probes=[StopAfter(steps)], checkpoint=path)
+    for _ in range(2):  # the second finds a run that has ended
+        resumed = run(5, setting(seed=9), stop=after_three, probes=[StopAfter(-1)],
+                      checkpoint=path)  # fmt: skip
+        assert len(resumed[1].rows) == 3
+        assert_same(straight, resumed)
+    with pytest.raises(checkpoints.CheckpointError, match="setting of stop is after_three"):
+        run(5, stop=lambda rows: False, probes=[StopAfter(-1)], checkpoint=path)
+
+
 def test_a_finished_run_returns_at_once(tmp_path):
     path = tmp_path / "run.pt"
     first = run(2, checkpoint=path)
@@ -222,6 +254,26 @@ def test_outputs_that_are_not_one_a_class_are_refused(shape):
         training.accuracy(torch.zeros(4, 1), torch.zeros(4))
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (1,), (3,), ()])
+def test_labels_of_another_shape_are_not_broadcast(shape):
+    outputs = torch.eye(4)
+    assert training.accuracy(outputs, torch.tensor([0, 1, 2, 0])) == 0.75
+    with pytest.raises(ValueError, match=r"of shape \(4,\) for .* \(4, 4\); .*") as e:
+        training.accuracy(outputs, torch.zeros(shape, dtype=torch.int64))
+    assert str(e.value).endswith(f"these are {shape}")
+    model, toy = setting("deterministic")[0], dataset()
+    with pytest.raises(ValueError, match=r"these are \(30, 1\)"):
+        training.evaluate(model, toy.test_images, toy.test_labels[:, None])
+
+
+def test_there_is_no_accuracy_of_nothing():
+    model, toy = setting("deterministic")[0], dataset()
+    with pytest.raises(ValueError, match="the set is empty"):
+        training.accuracy(torch.zeros(0, 3), torch.zeros(0))
+    with pytest.raises(ValueError, match="the set is empty"):
+        training.evaluate(model, toy.test_images[:0], toy.test_labels[:0])
+
+
 def test_images_of_real_numbers_are_not_scaled_twice():
     model, images = setting("deterministic")[0], dataset().test_images
     with pytest.raises(ValueError, match="images are uint8"):
@@ -279,6 +331,106 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path, step):
     saved = torch.load(path, weights_only=True)
     assert all(torch.isfinite(v).all() for k, v in saved["model"][0].items() if "bias" not in k)
     assert (saved["epoch"], saved["step"]) <= (1, step)
+
+
+def behind_a_sign():
+    """A network whose binary layer takes the sign of what comes before it."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4),
+        layers.BinaryConv2d(4, 4, 2, input_quantizer=binarize.ste_sign), nn.BatchNorm2d(4),
+        nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+class Corrupt(StopAfter):
+    """A probe that puts a number into a tensor after so many steps, where no loss sees it."""
+
+    def __init__(self, steps, number, choose):
+        super().__init__(steps)
+        self.number, self.choose = number, choose
+
+    def start(self, model):
+        self.model = model
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
+            self.choose(self.model)[-1] = self.number
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_nan_that_a_sign_hides_from_the_loss_is_found(late):
+    losses = []
+
+    def a_nan_pixel(images):
+        images = data.unit_range(images)
+        images[0, 0, 0, 0] = float("nan") if len(losses) >= (6 if late else 0) else 0
+        return images
+
+    def loss(outputs, targets):
+        losses.append(cross_entropy(outputs, targets))
+        return losses[-1]
+
+    model = behind_a_sign()
+    adam = torch.optim.Adam(model.parameters(), 0.01)
+    with pytest.raises(
+        training.NonFiniteLossError, match=r"^0\.weight \(and \d+ more\) holds NaN"
+    ):
+        training.train(model, dataset(), adam, epochs=4, batch_size=10, device="cpu",
+                       preprocess=a_nan_pixel, loss=loss)  # fmt: skip
+    assert len(losses) == (10 if late else 1)
+    assert torch.stack(losses).isfinite().all()  # which is why it takes a look at the weights
+
+
+@pytest.mark.parametrize(("number", "choose", "name"), [
+    (float("inf"), lambda model: model[1].running_var, "1.running_var"),
+    (float("nan"), lambda model: model[1].running_mean, "1.running_mean"),
+    (float("-inf"), lambda model: model[2].weight.data, "2.weight"),
+])  # fmt: skip
+def test_a_tensor_that_is_not_finite_is_named(number, choose, name):
+    """None of these shows in the loss: batch norms train with the batch's, and a sign is ±1."""
+    model = behind_a_sign()
+    sgd = torch.optim.SGD(model.parameters(), 0.01)
+    with pytest.raises(training.NonFiniteLossError, match=rf"^{name} holds NaN or infinite"):
+        training.train(model, dataset(), sgd, epochs=3, batch_size=10, device="cpu",
+                       probes=Corrupt(10, number, choose))  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_gradient_that_an_average_swallows_is_found(number):
+    model, optimizers, _ = flip_setting()
+    calls = []
+
+    def swallow(gradient):
+        calls.append(1)
+        return gradient.index_fill(0, torch.tensor([1]), number) if len(calls) == 7 else gradient
+
+    model[1].weight.register_hook(swallow)
+    expected = r"^momentum of 1\.weight in CascadedEMA \(and 1 more\) holds NaN"
+    with pytest.raises(training.NonFiniteLossError, match=expected):
+        training.train(model, dataset(), optimizers, epochs=5, batch_size=10, device="cpu")
+    assert model[1].weight.abs().eq(1).all()  # where nothing shows it
+    assert len(calls) == 10
+
+
+def test_a_masks_infinity_is_nothing_wrong():
+    model, optimizers, _ = flip_setting()
+    model.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+    model.register_buffer("empty", torch.zeros(0))
+    training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"batch_size": 10.0}, "batch_size must be a whole number, not 10.0"),
+    ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
+    ({"evaluate_every": "2"}, "evaluate_every must be a whole number, not '2'"),
+    ({"data": torch.utils.data.DataLoader([1])}, r"bnnbook\.data\.Dataset, not a DataLoader"),
+])  # fmt: skip
+def test_arguments_of_the_wrong_kind(options, message):
+    with pytest.raises(TypeError, match=message):
+        run(**options)
+    assert len(run(np.int64(1), batch_size=np.int64(10))[1].rows) == 1
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -445,6 +597,17 @@ def test_a_probes_numpy_numbers_survive_a_resume(tmp_path):
     assert history.frame.half.tolist() == [0.5] * 3
 
 
+@pytest.mark.parametrize("name", ["flip_ratio", "lr", "seconds", "test_accuracy"])
+def test_a_column_that_is_there_already_is_not_overwritten(name):
+    class Double(StopAfter):
+        def epoch(self):
+            return {"own": 1.0, name: 0.5}
+
+    both = [probes.FlipRatio(), Double(-1)]
+    with pytest.raises(ValueError, match=f"Double returns the column '{name}', which"):
+        run(3, probes=both, evaluate_every=2)
+
+
 @pytest.mark.parametrize("batch_size", [59, 7, 1000])
 def test_reestimation_needs_no_full_batches(batch_size):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16))
@@ -503,7 +666,7 @@ def test_ctrl_c_during_the_last_checkpoint_stops_what_would_follow(tmp_path, mon
 
     def interrupted(run):
         save(run)
-        if run.stop is None:
+        if run.signal is None:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
@@ -536,5 +699,6 @@ def test_the_probes_hooks_come_off_at_the_end_and_after_an_error():
         with contextlib.suppress(training.NonFiniteLossError):
             training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
                            probes=[probe], **options)  # fmt: skip
-        assert {len(gradients) for gradients in probe.gradients().values()} == {5}
+        steps = 1 if fails else 5
+        assert {len(gradients) for gradients in probe.gradients().values()} == {steps}
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

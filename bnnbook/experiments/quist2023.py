@@ -6,13 +6,14 @@ this book's own choice. None of the paper's accuracies is known to us.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -450,3 +451,17 @@ def measured(fitted: Fit) -> dict[str, float]:
         "flip_ratio": float(np.mean([row["flip_ratio"] for row in rows[1:] or rows])),
         "last_flip_ratio": rows[-1]["flip_ratio"],
     }
+
+
+def noise_flips(recipe: Mapping, batches: int) -> NDArray:
+    """Return the flips a step, in each epoch, of pure noise through a run's filter from zero.
+
+    recipe: as a record has it, with "alpha", "gamma", "decay" and "epochs". batches: an epoch's
+    steps. Like the schedule itself, the rates of `filters.decaying_flip_rates` change in every
+    step.
+    """
+    steps = batches * recipe["epochs"]
+    factor = DECAYS[recipe["decay"]]
+    alphas = [recipe["alpha"] * factor(i / steps) for i in range(steps)]
+    found = filters.decaying_flip_rates(alphas, recipe["gamma"])
+    return found.reshape(recipe["epochs"], batches).mean(1)
