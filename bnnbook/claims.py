@@ -156,17 +156,19 @@ def recorded_sets(
 ) -> list[dict[str, records.Record]]:
     """Return one dict per seed: a full-scale record of every variant, the longest that all have.
 
-    The arguments are as in `check_recorded`; the list is empty while a variant has no record.
-    Raises ValueError for an empty ``variants``.
+    A run of its whole recipe counts as longer than any shortened one, whatever its epochs: those
+    of one step and of two half as long are paired. The arguments are as in `check_recorded`; the
+    list is empty while a variant has no record. Raises ValueError for an empty ``variants``.
     """
     if not variants:
         raise ValueError(f"{experiment}: name at least one variant")
-    found: dict[tuple[int, int, str], dict[str, records.Record]] = {}
+    found: dict[tuple[float, int, str], dict[str, records.Record]] = {}
     known = experiment in records.experiments(root)
     for run in records.read_all(experiment, root) if known else ():
         counts = run.scale == "full" and (shortened or not run.shortened)
         if counts and run.variant in variants:
-            key = run.recipe["epochs"], run.seed, run.precision
+            epochs = run.recipe["epochs"] if run.shortened else math.inf
+            key = epochs, run.seed, run.precision
             found.setdefault(key, {})[run.variant] = run
     complete = {key: runs for key, runs in found.items() if len(runs) == len(set(variants))}
     longest = max((key[0] for key in complete), default=None)

@@ -475,6 +475,17 @@ def test_shortened_runs_count_only_where_they_are_let_in(tmp_path):
     assert claim.measured["text"] == "2.00 points (n = 1)"
 
 
+def test_whole_runs_are_paired_whatever_the_epochs_of_a_step(tmp_path):
+    save(tmp_path, "one-step", 0.20)
+    save(tmp_path, "two-step", 0.10, recipe={"epochs": 2}, shortened=None)
+    (runs,) = claims.recorded_sets("toy.sweep", ["one-step", "two-step"], root=tmp_path)
+    assert {name: run.recipe["epochs"] for name, run in runs.items()} == {
+        "one-step": 4, "two-step": 2}  # fmt: skip
+    save(tmp_path, "one-step", 0.30, epochs=5, seed=1)  # more epochs, but not the whole recipe
+    save(tmp_path, "two-step", 0.30, epochs=5, seed=1)
+    assert claims.recorded_sets("toy.sweep", ["one-step", "two-step"], True, tmp_path) == [runs]
+
+
 def test_a_claim_on_records_names_variants_and_gives_finite_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"toy\.sweep: name at least one variant"):
         check_recorded(tmp_path, variants=[])
