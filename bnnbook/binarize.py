@@ -226,6 +226,27 @@ class _Levels(torch.autograd.Function):
         return gradient, None
 
 
+class _ClippedLevels(torch.autograd.Function):
+    """As `_Levels`, of x clipped to [0, 1]. Backward: the gradient, masked to 0 <= x <= 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, n):
+        return _Levels.forward(x.clamp(0, 1), n)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        info = torch.finfo(x.dtype)
+        below, above = -info.tiny * info.eps, 1 + info.eps  # hardtanh leaves its ends out
+        return torch.ops.aten.hardtanh_backward(gradient, x, below, above), None
+
+
 def _steps(bits: int) -> int:
     """Return n, the number of steps between the 2^bits levels; raise ValueError for other bits."""
     if bits not in range(1, 9):
@@ -246,7 +267,7 @@ def dorefa_activation(x: Tensor, bits: int = 1) -> Tensor:
     >>> dorefa_activation(torch.tensor([-1.0, 0.2, 0.5, 0.9, 7.0]), bits=2)
     tensor([0.0000, 0.3333, 0.6667, 1.0000, 1.0000])
     """
-    return _apply(_Levels, x.clamp(0, 1), _steps(bits))
+    return _apply(_ClippedLevels, x, _steps(bits))
 
 
 def dorefa_weight(w: Tensor, bits: int = 1) -> Tensor:
