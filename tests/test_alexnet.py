@@ -9,6 +9,8 @@ import torch
 
 from bnnbook import data, records, training
 from bnnbook.experiments import alexnet
+from bnnbook.layers import LocalResponseNorm
+from bnnbook.models import four_layer_cnn
 
 EVERY = [(name, variant) for name, variants in alexnet.VARIANTS.items() for variant in variants]
 CPU = torch.device("cpu")
@@ -136,6 +138,13 @@ def test_the_recipes_networks_and_rates_reach_the_optimizer():
     assert [group["lr"] for group in groups] == [0.002, 0.001, 0.001, 0.001, 0.001]
     assert [group["weight_decay"] for group in groups] == [0, 0.004, 0.004, 0.004, 1.0]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_rescaled_normalisation_is_the_papers_times_what_it_divides_by_at_least():
+    x = 100 * torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    norm = four_layer_cnn(**alexnet.CHANGES["lrn"]["rescaled"]).norm1
+    torch.testing.assert_close(norm(x), LocalResponseNorm()(x) * 2**0.75, rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm(x * 1e-6), x * 1e-6, rtol=1e-9, atol=0)  # weak ones stay
 
 
 def test_ten_views_are_tested_beside_the_centre():

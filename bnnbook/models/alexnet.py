@@ -1,7 +1,7 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton, NIPS 2012), a small version, a four-layer network."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +150,8 @@ def _initialised(network: nn.Sequential, weight_std, hidden_bias: float) -> nn.S
     return network
 
 
-def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu", lrn: bool = False,
-                   in_channels: int = 3, image_size: int = 32,
+def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu",
+                   lrn: bool | Mapping = False, in_channels: int = 3, image_size: int = 32,
                    weight_std: Sequence[float] | None = (1e-4, 0.01, 0.01, 0.01)
                    ) -> nn.Sequential:  # fmt: skip
     """Return a stand-in for the network of AlexNet's figure 1, in which ReLU outruns tanh.
@@ -163,7 +163,8 @@ def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu", lrn: bool
     in_channels, image_size, image_size), at least 8 pixels wide; output (N, num_classes).
 
     - activation: "relu" or "tanh", applied before the pooling.
-    - lrn: `LocalResponseNorm` after the first two poolings; their file normalises within a map.
+    - lrn: `LocalResponseNorm` after the first two poolings, with other constants if they are given
+      by name; their file normalises within a map.
     - weight_std: a standard deviation for each layer; biases start at 0. The default is that of
       their file, for pixels from 0 to 255 minus the mean image. None keeps torch's initialisation.
 
@@ -182,7 +183,8 @@ def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu", lrn: bool
                    (f"{activation}{number}", ACTIVATIONS[activation]()),
                    (f"pool{number}", pool(3, 2, ceil_mode=True))]  # fmt: skip
         if lrn and number < 3:
-            layers.append((f"norm{number}", LocalResponseNorm()))
+            constants = {} if lrn is True else lrn
+            layers.append((f"norm{number}", LocalResponseNorm(**constants)))
     last = nn.Linear(64 * (image_size // 8) ** 2, num_classes)
     network = nn.Sequential(OrderedDict([*layers, ("flatten", nn.Flatten()), ("fc4", last)]))
     if weight_std is not None:
