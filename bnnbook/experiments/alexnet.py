@@ -20,9 +20,12 @@ from bnnbook.records import Record, encode_array
 # The options of the network that each variant changes in its experiment's recipe.
 CHANGES = {
     "figure1": {"relu": {"activation": "relu"}, "tanh": {"activation": "tanh"}},
-    "lrn": {"without": {"lrn": False}, "lrn": {"lrn": True},
-            # ours: the same times 2^0.75, so that it leaves weak activations as they are
-            "rescaled": {"lrn": {"k": 1.0, "alpha": 5e-5}}},
+    "lrn": {
+        "without": {"lrn": False},
+        "lrn": {"lrn": True},
+        # ours: the same times 2^0.75, so that it leaves weak activations as they are
+        "rescaled": {"lrn": {"k": 1.0, "alpha": 5e-5}},
+    },
     "ten_view": {"crops": {}},
     "pooling": {"overlapping": {"pooling": 3}, "adjacent": {"pooling": 2}},
     "dropout_gap": {"none": {"dropout": 0.0}, "dropout": {"dropout": 0.5}},
