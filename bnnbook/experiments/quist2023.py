@@ -232,9 +232,14 @@ class Fit:
         """The test error with the running statistics of batch normalisation."""
         return 1 - self.history.rows[-1]["test_accuracy"]
 
-    def renewed_error(self) -> float:
-        """Return the test error with batch-norm statistics re-estimated for the final weights."""
+    def renewed_error(self, augment: Callable[[Tensor], Tensor] | None = None) -> float:
+        """Return the test error with batch-norm statistics re-estimated for the final weights.
+
+        They come from training images, after ``augment``, if it is given, as in training.
+        """
         images = self.dataset.train_images[: self.recipe.norm_images]
+        with seeded(0, images.device):
+            images = augment(images) if augment else images
         network = training.own_statistics(self.model, images, preprocess=self.preprocess)
         test = self.dataset.test_images, self.dataset.test_labels
         return 1 - training.evaluate(network, *test, preprocess=self.preprocess)
@@ -441,12 +446,16 @@ def measured(fitted: Fit) -> dict[str, float]:
     """Return the metrics of a run: the last epoch's errors, loss and flip ratios.
 
     "flip_ratio" is the mean over all epochs but the first, which begins with the flips of the
-    start.
+    start. Where training augments its images, "augmented_test_error" is with batch-norm statistics
+    of such images, "renewed_test_error" with those of the images as they are: a network that has
+    come to rest was trained under the former.
     """
     rows = fitted.history.rows
+    augmented = {"augmented_test_error": fitted.renewed_error(data.crop_flip(padding=4))}
     return {
         "test_error": fitted.error,
         "renewed_test_error": fitted.renewed_error(),
+        **(augmented if fitted.recipe.augment else {}),
         "train_loss": rows[-1]["train_loss"],
         "flip_ratio": float(np.mean([row["flip_ratio"] for row in rows[1:] or rows])),
         "last_flip_ratio": rows[-1]["flip_ratio"],
