@@ -134,7 +134,7 @@ def name_of(function: Callable | None) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _in_words(value, depth: int = 4) -> str:
+def _in_words(value, depth: int = 8) -> str:
     """Return a function's name and the plain values and tensors that it was made with, as text.
 
     None is left out, because it may stand for a value that the function has yet to compute.
@@ -164,11 +164,14 @@ def _is_plain(value) -> bool:
 
 
 def _is_told(value) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_told, value))
     return callable(value) or _is_plain(value) or isinstance(value, Tensor)
 
 
 def _inside(value) -> Iterable:
     """Return what a function or an object was made with: arguments, closure, attributes."""
+    value = inspect.unwrap(value) if callable(value) else value  # functools.cache hides them
     if isinstance(value, (tuple, list)):
         return value
     if isinstance(value, partial):

@@ -72,7 +72,7 @@ class BinaryLayer:
             # the other
             self.__dict__.get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
-        if name == "weight_quantizer":
+        if name in ("weight", "weight_quantizer"):
             self._mark_weight()
 
     def __setstate__(self, state: dict) -> None:
@@ -304,11 +304,12 @@ class ExpertBinaryConv2d(BinaryConv2d):
         for tensor in (self.weight, self.weight.grad):
             if tensor is not None:
                 tensor.data = tensor.data.flatten(0, 1)
-        super()._apply(fn, recurse)
-        for tensor in (self.weight, self.weight.grad):
-            if tensor is not None:
-                tensor.data = tensor.data.unflatten(0, shape[:2])
-        return self
+        try:
+            return super()._apply(fn, recurse)
+        finally:  # also after an error, such as one for lack of memory
+            for tensor in (self.weight, self.weight.grad):
+                if tensor is not None:
+                    tensor.data = tensor.data.unflatten(0, shape[:2])
 
     def _scores(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -516,7 +517,9 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
 
     Geometry, bias, dtype, device, training mode and ``requires_grad`` stay, and so do parameters
     that are shared. An activation in front of a layer stays, too: the signs of what a ReLU returns
-    are all +1.
+    are all +1. A parent that reads a layer's weight and does not call the layer, as torchvision's
+    Swin does, goes on with the latent weight: in `models.summary` such a layer has no output. (Of
+    `torch.nn.TransformerEncoderLayer`, whose fast path does the same, that path is switched off.)
 
     Raises ValueError if no layer is chosen, and for chosen layers that compute something else or
     would lose something: those of a subclass, those with hooks.
@@ -535,6 +538,8 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
     for parent in list(holder.modules()):
         for name, child in parent._modules.items():  # of one used twice, both
             parent._modules[name] = binary.get(id(child), child)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # no fast path, which would not call its layers
     return holder[0]
 
 

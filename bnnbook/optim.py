@@ -327,7 +327,7 @@ class Bop(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma and threshold as they are in this step."""
-        return _scheduled(group, "lr"), group["threshold"]
+        return _scheduled(group, "lr"), _scheduled(group, "threshold", math.inf)
 
 
 class LatentSGD(FlipOptimizer):
@@ -411,7 +411,7 @@ class LatentSGD(FlipOptimizer):
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma, lr times weight_decay, lr and, if there is one, the clipping bound."""
         clip = () if group["clip"] is None else (group["clip"],)
-        lr = group["lr"]
+        lr = _scheduled(group, "lr", math.inf)
         return _scheduled(group, "gamma"), lr * group["weight_decay"], lr, *clip
 
 
@@ -462,16 +462,16 @@ class CounterSGD(FlipOptimizer):
         super().add_param_group(param_group)
         bound = 2 ** self.param_groups[-1]["bits"] - 1
         for weight in self.param_groups[-1]["params"]:
-            size = _odd(weight.abs() * bound, bound, stochastic=False)
-            weight.copy_(sign(weight) * size)  # the sign of a weight near 0 is kept, too
+            size = 1 + _even(weight.abs() * bound - 1, stochastic=False)
+            # the sign of a weight near 0 is kept, too
+            weight.copy_(sign(weight) * size.clamp_(max=bound))
 
     @staticmethod
     def update(weights, gradients, buffers, lr, bits, stochastic) -> None:
         """Do one step of the rule on lists of tensors."""
         bound = 2**bits - 1
         for counter, gradient in zip(weights, gradients, strict=True):
-            moved = torch.add(counter, gradient, alpha=-lr * bound)
-            counter.copy_(_odd(moved, bound, stochastic))
+            counter.add_(_even(gradient * (-lr * bound), stochastic)).clamp_(-bound, bound)
 
     @staticmethod
     def buffers(group: dict) -> tuple[str, ...]:
@@ -489,14 +489,13 @@ class CounterSGD(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple:
         """Return lr, bits and the kind of rounding."""
-        return group["lr"], group["bits"], group["stochastic"]
+        return _scheduled(group, "lr", math.inf), group["bits"], group["stochastic"]
 
 
-def _odd(values: Tensor, bound: int, stochastic: bool) -> Tensor:
-    """Round to odd integers and clip to ±bound, which is odd."""
-    pairs = (values + 1) / 2  # odd integers become integers
-    offset = torch.rand_like(pairs) if stochastic else 0.5
-    return torch.floor(pairs + offset).mul_(2).sub_(1).clamp_(-bound, bound)
+def _even(moves: Tensor, stochastic: bool) -> Tensor:
+    """Round to even integers, by which an odd counter moves and stays odd; 0 remains 0."""
+    offset = torch.rand_like(moves) if stochastic else 0.5
+    return torch.floor(moves / 2 + offset).mul_(2)
 
 
 class RankedFlips(FlipOptimizer):
@@ -630,11 +629,11 @@ def flip_strongest(weight: Tensor, strength: Tensor, count: int) -> None:
     weight.copy_(flipped.view(weight.shape))
 
 
-def _scheduled(group: dict, name: str) -> float:
-    """Return a rate that a scheduler may have changed, even to 0, which freezes the weights."""
-    rate = min(max(group[name], 0.0), 1.0)
+def _scheduled(group: dict, name: str, most: float = 1.0) -> float:
+    """Return a number that a scheduler may have changed, even to 0, from 0 to ``most``."""
+    rate = min(max(group[name], 0.0), most)
     if not abs(rate - group[name]) < 1e-9:  # LinearLR's rounding may miss 0 or 1 by a little
-        raise ValueError(f"a scheduler set {name} to {group[name]}; it must stay in [0, 1]")
+        raise ValueError(f"a scheduler set {name} to {group[name]}; it must stay in [0, {most:g}]")
     return rate
 
 

@@ -61,8 +61,9 @@ class Job:
 
     @property
     def planned(self) -> int:
-        """The number of epochs that this run takes at most."""
-        return self.epochs or self.recipe.epochs
+        """The number of epochs that its recipe declares, and its record: of each step, if any."""
+        recipe = experiments.recipe(self.experiment, self.variant, self.scale, self.epochs)
+        return recipe.epochs
 
     @property
     def file_name(self) -> str:
@@ -145,7 +146,7 @@ def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> Stat
     """
     found = [r for folder in folders if (r := read_record(job, folder)) is not None]
     lengths = [length_of(r) for r in found if r.shortened is not None]
-    if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.epochs):
+    if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.planned):
         return State("recorded", "recorded")
     checkpoint = job.checkpoint(runs, device)
     if checkpoint.is_dir():  # only the experiment knows how many trainings it will have

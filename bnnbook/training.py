@@ -111,7 +111,8 @@ def usual_dtype(device: torch.device) -> torch.dtype | None:
     """
     if device.type != "cuda":
         return None
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.cuda.device(device):  # of several GPUs, this one is asked
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bfloat16 else torch.float16
 
 
@@ -306,6 +307,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
         _reproducible(run.device, seed), _stop_signals(run), _hooks_off_after(run.probes),
         _bar(run, progress) as bar,
     ):  # fmt: skip
+        run.start_probes()
         run.resume()
         is_over = run.is_over()
         if not is_over:
@@ -447,12 +449,15 @@ class _Run:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # left behind by an earlier loop
         self.started = self.saved = time.monotonic()
-        for probe in self.probes:
-            probe.start(model)
         self.replay, self.lookers = None, [p for p in self.probes if hasattr(p, "looking")]
-        if checkpoint:
-            checkpoints.check_probes(self.probes)
         self.settings = self.current_settings() if checkpoint else {}
+
+    def start_probes(self) -> None:
+        """Let the probes begin to look at the model."""
+        for probe in self.probes:
+            probe.start(self.model)
+        if self.checkpoint:
+            checkpoints.check_probes(self.probes)
 
     def record_graph(self) -> None:
         """Record the passes as a CUDA graph, if that is asked for and possible."""
@@ -594,11 +599,6 @@ class _Run:
             "seed": self.seed,
             "parameters": [tuple(p.shape) for p in self.model.parameters()],
             "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
-            "initial rates": [
-                group.get("initial_lr", group["lr"])
-                for optimizer in self.optimizers
-                for group in optimizer.param_groups
-            ],
             "probes": [type(probe).__name__ for probe in self.probes],
             "schedulers": [type(scheduler).__name__ for scheduler in self.schedulers],
             "precision": precision(self.device) if self.autocast else "float32",

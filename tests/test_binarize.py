@@ -237,6 +237,18 @@ def test_dorefa_activation(bits, dtype, device):
     assert gradient(quantizer, x).tolist() == [0 <= v <= 1 for v in x.tolist()]
 
 
+def test_dorefa_activation_has_a_gradient_at_zero_where_denormals_are_flushed():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            x = torch.tensor([-0.1, -0.0, 0.0, 1.0, 1.1], dtype=dtype, requires_grad=True)
+            binarize.dorefa_activation(x).sum().backward()
+            assert x.grad.tolist() == [0, 1, 1, 1, 0]
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_dorefa_activation_rounds_halves_to_even():
     half = torch.tensor(0.5, dtype=torch.float64)
     quantized = [binarize.dorefa_activation(half, bits).item() for bits in (1, 2, 3)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from toy import StopAfter, dataset, flip_setting, run, setting, without_time
+from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
 
-from bnnbook import data, optim, training
+from bnnbook import checkpoints, data, optim, training
 from bnnbook.checkpoints import CheckpointError
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     ({"batch_size": 25}, "batch_size"),
     ({"data": dataset(seed=4)}, "data"),
     ({"probes": []}, "probes"),
-    ({"setting_": setting(lr=0.5)}, "initial rates"),
+    ({"setting_": setting(lr=0.5)}, "lr, group 0 of Adam"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, name):
     run(1, checkpoint=tmp_path / "run.pt")
@@ -280,3 +280,44 @@ def test_a_probe_without_a_state_is_refused_with_a_checkpoint_only(tmp_path):
 
     with pytest.raises(ValueError, match="Bare needs a state_dict"):
         run(1, probes=[Bare()], checkpoint=tmp_path / "run.pt")
+
+
+def preprocessing(number):
+    return [
+        data.compose(data.crop_flip(number), data.unit_range),
+        data.standardize(dataset(seed=number)),
+        data.subtract_mean_image(dataset(seed=number)),
+    ]
+
+
+def test_functions_are_told_apart_by_what_they_were_made_with_however_deep():
+    """Inside a tuple of functions, and behind functools.cache."""
+    for one, other, same in zip(*map(preprocessing, (1, 2, 1)), strict=True):
+        told = [checkpoints._in_words(function) for function in (one, other, same)]
+        assert told[0] != told[1]
+        assert told[0] == told[2]
+
+
+def test_a_scheduler_that_notes_no_first_rate_is_continued(tmp_path):
+    class Halving:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self):
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 2
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    def once(path, probes_):
+        model, optimizer, _ = setting()
+        return run(3, (model, optimizer, Halving(optimizer)), probes=probes_, checkpoint=path)
+
+    whole = once(None, [StopAfter(0)])
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path / "run.pt", [StopAfter(12)])
+    assert_same(once(tmp_path / "run.pt", [StopAfter(0)]), whole)

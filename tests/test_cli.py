@@ -92,6 +92,7 @@ class Toy:
         monkeypatch.setattr(experiments, "names", lambda: list(found))
         monkeypatch.setattr(experiments, "PRIORITY", tuple(found))
         monkeypatch.setattr(experiments, "find", found.__getitem__)
+        monkeypatch.setattr(experiments, "recipe", lambda *_: SimpleNamespace(epochs=1000))
 
     def run(self, variant, *, checkpoint, **options):
         self.calls.append({"variant": variant, "checkpoint": checkpoint} | options)

@@ -1156,3 +1156,37 @@ def test_what_is_no_quantizer_is_refused_when_the_layer_is_made(kind, wrong):
     with pytest.raises(TypeError, match=f"{kind} must be a function such as binarize"):
         setattr(layer, kind, wrong)
     assert getattr(layer, kind) is ste_sign
+
+
+def test_a_binarized_transformer_multiplies_with_signs_in_its_fast_path_too():
+    """Without gradients torch's layer reads the weights of its parts, and does not call them."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    binary = layers.binarized(encoder, lambda name, _: name.startswith("linear"))
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        quick, real = binary(x), encoder(x)
+    torch.testing.assert_close(quick, binary(x.requires_grad_()).detach())
+    assert (quick - real).abs().max() > 0.1
+
+
+def test_a_weight_that_is_assigned_is_latent_as_the_one_before():
+    for quantizer in (ste_sign, None):
+        layer = layers.BinaryLinear(4, 3, weight_quantizer=quantizer)
+        state = {name: value.clone() for name, value in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+        assert layer.weight.latent == (quantizer is not None)
+        layer.weight = nn.Parameter(torch.ones(3, 4))
+        assert layer.weight.latent == (quantizer is not None)
+
+
+def test_an_expert_convolution_survives_a_conversion_that_fails():
+    layer = layers.ExpertBinaryConv2d(3, 4, 3, experts=2)
+
+    def fail(_):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(fail)
+    assert layer.weight.shape == (2, 4, 3, 3, 3)
+    assert layer(torch.randn(2, 3, 8, 8)).shape == (2, 4, 6, 6)

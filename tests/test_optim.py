@@ -1089,3 +1089,45 @@ def test_counters_of_many_bits_train_as_clipped_sgd():
 def test_counters_refuse_other_numbers(options, words):
     with pytest.raises(ValueError, match=words):
         optim.CounterSGD([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_without_a_gradient_no_counter_moves(bits):
+    torch.manual_seed(0)
+    weight = nn.Parameter(2 * torch.rand(5000) - 1)
+    optimizer = optim.CounterSGD([weight], 1.0, bits)
+    before = weight.detach().clone()
+    weight.grad = torch.zeros(5000)
+    for _ in range(20):
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.3, 0.7])
+def test_a_threshold_that_a_scheduler_takes_to_zero_still_flips_nothing_without_a_gradient(factor):
+    """LinearLR's rounding ends a little below 0, where 0 > threshold would hold."""
+    for steps in range(2, 12):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = optim.Bop([weight], gamma=0.1, threshold=1e-6)
+        view = optim.rate_as_lr(optimizer, "threshold")
+        scheduler = lr_scheduler.LinearLR(view, factor, 0.0, total_iters=steps)
+        for _ in range(steps + 2):
+            weight.grad = torch.zeros(3)
+            optimizer.step()
+            scheduler.step()
+        assert (weight == 1).all()
+
+
+@pytest.mark.parametrize(("rule", "name", "value"), [
+    (partial(optim.Bop, gamma=0.1, threshold=0.0), "threshold", -1.0),
+    (partial(optim.Bop, gamma=0.1, threshold=0.0), "threshold", math.nan),
+    (partial(optim.LatentSGD, lr=0.1), "lr", -1.0),
+    (partial(optim.CounterSGD, lr=0.1, bits=2), "lr", math.nan),
+])  # fmt: skip
+def test_a_number_set_outside_its_bounds_is_refused_at_the_next_step(rule, name, value):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = rule([weight])
+    weight.grad = torch.ones(3)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"a scheduler set {name} to {value}; it must stay in"):
+        optimizer.step()

@@ -1,5 +1,6 @@
 """Recording many runs: their order, in parallel, in time, killed, failed, and imported."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from bnnbook import data, experiments, graphs, probes, recording, records
+from bnnbook.experiments import liu2021
 from bnnbook.recording import Job
 
 NAME = "binaryconnect.clipping"
@@ -181,6 +183,7 @@ def test_checkpoints_of_cpu_and_gpu_do_not_meet(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     names = {job.checkpoint(runs, device).name for device in ("auto", "cuda", "cuda:1")}
     assert names == {f"{NAME}-clipped-small-2epochs-seed0-cuda.pt"}
     kinds = [recording.state(job, [None], runs, device).kind for device in ("cpu", "cuda")]
@@ -869,3 +872,12 @@ def test_what_came_back_from_another_machine_is_the_same_file(tmp_path):
     mine = records.find(NAME, "clipped", 0, tmp_path / "mine", "small")
     assert mine.read_bytes() == path.read_bytes()
     assert done.dataset_sha256 == data.load("digits").sha256
+
+
+def test_a_shortened_run_of_two_steps_counts_as_recorded(tmp_path):
+    """Its epochs are those of both steps, the record's those of each."""
+    job = recording.Job("liu2021.steps_short", "two-step-1x", 0, "small", epochs=2)
+    records.save(liu2021.steps_short("two-step-1x", scale="small", epochs=2), tmp_path)
+    assert recording.state(job, [tmp_path], tmp_path / "runs", "cpu").kind == "recorded"
+    longer = recording.Job("liu2021.steps_short", "two-step-1x", 0, "small", epochs=4)
+    assert recording.state(longer, [tmp_path], tmp_path / "runs", "cpu").kind == "shortened"

@@ -559,6 +559,7 @@ def test_a_cpu_computes_in_float32_unless_asked_otherwise(monkeypatch):
 
 def test_a_gpu_computes_in_float32_if_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     gpu = torch.device("cuda")
     assert training.precision(gpu) == "bfloat16"
     monkeypatch.setenv("BNNBOOK_PRECISION", "float32")
@@ -702,3 +703,18 @@ def test_the_probes_hooks_come_off_at_the_end_and_after_an_error():
         steps = 1 if fails else 5
         assert {len(gradients) for gradients in probe.gradients().values()} == {steps}
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_refused_run_leaves_no_hooks_behind(tmp_path):
+    """A probe whose state no checkpoint can hold is refused after it has started."""
+
+    class Unsaved(probes.Saturation):
+        def state_dict(self):
+            return {"when": object()}
+
+    model, optimizer, _ = setting()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
+                           probes=[Unsaved()], checkpoint=tmp_path / "run.pt")  # fmt: skip
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -97,5 +97,12 @@ def find(name: str):
     return getattr(paper, short), paper.VARIANTS[short], paper.RECIPES[short]
 
 
+def recipe(name: str, variant: str, scale: str, epochs: int | None = None):
+    """Return the recipe of one run of an experiment, shortened to ``epochs`` if they are given."""
+    paper, short = name.split(".", 1)
+    module = next(each for each in MODULES if _short(each) == paper)
+    return module.find_recipe(short, variant, scale, epochs)
+
+
 def _short(paper) -> str:
     return paper.__name__.rpartition(".")[2]

@@ -16,7 +16,7 @@ from torch import nn
 
 from bnnbook import probes
 from bnnbook.experiments import quist2023
-from bnnbook.experiments.quist2023 import measured
+from bnnbook.experiments.quist2023 import mean_flip_ratio, measured
 from bnnbook.experiments.runs import finished, recipe_at
 from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips, rate_as_lr
 from bnnbook.records import Record, encode_array
@@ -278,7 +278,7 @@ def race(variant: str = "second", *, seed: int = 0, scale: str = "small",
         fitted = fit(candidate, seed=1000 * (seed + 1) + trial, validation=HELD_OUT[scale],
                      checkpoint=folder and folder / f"trial{trial}.pt", **run)  # fmt: skip
         errors.append(1 - fitted.history.rows[-1]["validation_accuracy"])
-        flips.append(measured(fitted)["flip_ratio"])
+        flips.append(mean_flip_ratio(fitted.history.rows))
     best = drawn[int(np.argmin(errors))]
     fitted = fit(best, seed=seed, checkpoint=folder and folder / "winner.pt", **run)
     arrays = {"validation_error": errors, "trial_flips": flips}

@@ -451,15 +451,20 @@ def measured(fitted: Fit) -> dict[str, float]:
     come to rest was trained under the former.
     """
     rows = fitted.history.rows
-    augmented = {"augmented_test_error": fitted.renewed_error(data.crop_flip(padding=4))}
+    errors = {"test_error": fitted.error, "renewed_test_error": fitted.renewed_error()}
+    if fitted.recipe.augment:
+        errors["augmented_test_error"] = fitted.renewed_error(data.crop_flip(padding=4))
     return {
-        "test_error": fitted.error,
-        "renewed_test_error": fitted.renewed_error(),
-        **(augmented if fitted.recipe.augment else {}),
+        **errors,
         "train_loss": rows[-1]["train_loss"],
-        "flip_ratio": float(np.mean([row["flip_ratio"] for row in rows[1:] or rows])),
+        "flip_ratio": mean_flip_ratio(rows),
         "last_flip_ratio": rows[-1]["flip_ratio"],
     }
+
+
+def mean_flip_ratio(rows: Sequence[Mapping]) -> float:
+    """Return the mean flip ratio of a history's rows but the first, unless it is the only one."""
+    return float(np.mean([row["flip_ratio"] for row in rows[1:] or rows]))
 
 
 def noise_flips(recipe: Mapping, batches: int) -> NDArray:
