@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 # Each regulariser has the same colour in every figure.
 COLORS = {
-    "none": "#777777",
+    "none": "#222222",
     "deterministic": "#0072b2",
     "stochastic": "#d55e00",
     "dropout": "#009e73",

@@ -83,9 +83,12 @@ def test_the_page_has_a_table_a_chapter_and_counts_its_claims(book):
     parts = [line for line in text.splitlines() if line.startswith("## ") or "claim" in line[:9]]
     assert parts == [
         "3 claims: 2 reproduced; 1 not reproduced.",
+        "(claims-b)=",
         "## [Chapter B](../notebooks/b.ipynb)", "2 claims: 1 reproduced; 1 not reproduced.",
+        "(claims-a)=",
         "## [Chapter A](../notebooks/a.ipynb)", "1 claim: 1 reproduced.",
     ]  # fmt: skip
+    assert "[Chapter B](#claims-b) · [Chapter A](#claims-a)" in text.splitlines()
 
 
 def test_the_first_page_counts_the_verdicts_of_each_chapter(book):

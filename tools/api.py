@@ -174,7 +174,16 @@ def _comments(source: str) -> dict[int, tokenize.TokenInfo]:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\*`|_])", r"\\\1", text)
+    r"""The text, with what stands between backticks as a literal.
+
+    >>> _escaped("a_b of `train`, see ``fit``")
+    'a\\_b of ``train``, see ``fit``'
+    """
+    plain_and_code = re.split(r"`+([^`]+)`+", text)
+    return "".join(
+        f"``{part}``" if number % 2 else re.sub(r"([\\*`|_])", r"\\\1", part)
+        for number, part in enumerate(plain_and_code)
+    )
 
 
 def names_text(modules: list[str]) -> str:
@@ -214,13 +223,28 @@ def written_signature(app: Sphinx, what: str, name: str, thing, *_) -> tuple[str
     ours = module.partition(".")[0] == bnnbook.__name__
     node = _find(tree_of(module), path) if ours and all(path) else None
     if not isinstance(node, ast.FunctionDef):
-        return None  # made by a decorator, or another library's
+        owner = _find(tree_of(module), path[:-1]) if ours and is_class else None
+        return _fields_signature(owner)  # or made by a decorator, or another library's
     node = copy.deepcopy(node)
     _unquote_annotations(node)
     if len(path) > 1 and "staticmethod" not in map(ast.unparse, node.decorator_list):
         del (node.args.posonlyargs or node.args.args)[0]
     returns = "" if is_class or node.returns is None else ast.unparse(node.returns)
     return f"({ast.unparse(node.args)})", returns
+
+
+def _fields_signature(node: ast.AST | None) -> tuple[str, str] | None:
+    """The signature of a dataclass, which has no __init__ in the source; else None."""
+    made_by = [ast.unparse(each) for each in getattr(node, "decorator_list", ())]
+    if not any(each.startswith("dataclass") for each in made_by):
+        return None
+    fields = []
+    for each in node.body:
+        if isinstance(each, ast.AnnAssign):
+            text = ast.unparse(each)  # a default that a function makes is shown as its call
+            fields.append(re.sub(r"field\(default_factory=(\w+)\)", r"\1()", text))
+    first = ["*"] if "kw_only=True" in "".join(made_by) else []
+    return f"({', '.join([*first, *fields])})", ""
 
 
 def _unquote_annotations(function: ast.FunctionDef) -> None:

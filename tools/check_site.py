@@ -42,7 +42,7 @@ CSS_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 FILE_NAME = re.compile(r"\.(png|jpe?g|svg|gif|webp)$|^_images|[0-9a-f]{20}", re.IGNORECASE)
 # Unresolved MyST markup shows as its own source.
 ROLES = "glue|eq|cite|numref|ref|doc|term|prf|math|code"
-LEFTOVER = re.compile(rf"\{{({ROLES})[:}}][\w:}}]*|undefined label")
+LEFTOVER = re.compile(rf"\{{({ROLES})[:}}][\w:}}]*|undefined label|`[^`]*`|~\w+\.\w+")
 
 
 class Site:

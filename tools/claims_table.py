@@ -139,16 +139,18 @@ def short_table(chapters: list[ChapterClaims], site: str) -> str:
 def chapter_tables(chapters: list[ChapterClaims]) -> str:
     """All claims: the count, then for each chapter a heading, its count and its table."""
     header = ["Claim", "Verdict", "Paper", "Ours", WHERE]
-    parts = [tally(chapters)]
-    for chapter in chapters:
-        if chapter.claims:
-            parts += [
-                f"## [{chapter.title}](../notebooks/{chapter.path.name})",
-                tally([chapter]),
-                ":::{div} bnnbook-wide",
-                _table(header, [_row(claim) for claim in chapter.claims]),
-                ":::",
-            ]
+    claimed = [chapter for chapter in chapters if chapter.claims]
+    to_each = (f"[{each.title}](#claims-{each.path.stem})" for each in claimed)
+    parts = [tally(chapters), " · ".join(to_each)]
+    for chapter in claimed:
+        parts += [
+            f"(claims-{chapter.path.stem})=",
+            f"## [{chapter.title}](../notebooks/{chapter.path.name})",
+            tally([chapter]),
+            ":::{div} bnnbook-wide",
+            _table(header, [_row(claim) for claim in chapter.claims]),
+            ":::",
+        ]
     return "\n\n".join(parts)
 
 
