@@ -5,6 +5,7 @@ The binary ones return exactly -1 or +1, even for NaN, whose sign means nothing.
 quantizers built on it raise TypeError for integers, which have no gradient.
 """
 
+import inspect
 import math
 
 import torch
@@ -335,6 +336,11 @@ def stochastic_sign(w: Tensor, generator: torch.Generator | None = None) -> Tens
     tensor([-1.,  1.,  1.])
     """
     return _apply(_StochasticSign, w, generator)
+
+
+# torch binds the arguments of forward at each call; found once, a signature costs nothing then
+for _each in (_STESign, _ApproxSign, _SwishSign, _Levels, _ClippedLevels, _StochasticSign):
+    _each.forward.__signature__ = inspect.signature(_each.forward)
 
 
 def real_weight(w: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from bnnbook.layers import (
     BinaryLayer,
     BinaryLinear,
     ExpertBinaryConv2d,
+    LearnableShift,
     binary_layers,
 )
 from bnnbook.models import (
@@ -605,6 +606,17 @@ def test_bits_of_a_layer():
     assert bits(weight_quantizer=partial(dorefa_weight, bits=2)) == 70
     two = BinaryLinear(7, 5, input_quantizer=partial(dorefa_activation, bits=2))
     assert (total(two, (7,)).macs, total(two, (7,)).bops) == (35, 0)
+
+
+def test_an_input_quantizer_may_have_one_parameter_for_each_channel():
+    shifted = BinaryConv2d(3, 4, 1, input_quantizer=nn.Sequential(LearnableShift(3), Sign()))
+    row = total(shifted, (3, 2, 2))
+    assert (row.macs, row.bops) == (0, 48)
+
+
+class Sign(nn.Module):
+    def forward(self, x):
+        return ste_sign(x)
 
 
 def test_layers_used_twice_or_never():

@@ -225,6 +225,14 @@ def test_forward_scaling_leaves_the_gradient_alone():
     assert torch.equal(w.grad, torch.arange(15.0).reshape(3, 5))
 
 
+def test_forward_scaling_may_stop_the_gradient_beyond_a_bound():
+    w = torch.tensor([[0.5, -2.0, 1.0]], requires_grad=True)
+    quantized = quist2023.forward_scaled_sign(w, clip_value=1.0)
+    quantized.sum().backward()
+    assert torch.equal(quantized, magnitude_aware_sign(w, None))
+    assert w.grad.tolist() == [[1.0, 0.0, 1.0]]
+
+
 def test_alpha_decays_in_every_step(started):
     recipe = replace(TINY, decay="linear", alpha=0.5)
     quist2023.fit(recipe, device="cpu")

@@ -144,7 +144,6 @@ def build_network(recipe: Recipe, dataset: data.Dataset, experts: int) -> nn.Mod
     )  # fmt: skip
 
 
-@torch.no_grad()
 def binarize_weights(model: nn.Module) -> None:
     """Prepare stage II: each real weight becomes a latent weight, of which the sign is used.
 
@@ -153,8 +152,7 @@ def binarize_weights(model: nn.Module) -> None:
     this is our choice.
     """
     for unit in (m for m in model.modules() if isinstance(m, ExpertUnit)):
-        size = unit.conv.weight.abs().mean((-3, -2, -1))  # of each expert, if there are several
-        unit.scale.scale *= size.reshape(-1, len(unit.scale.scale)).mean(0)
+        unit.absorb_magnitude()
         unit.conv.set_quantizers(ste_sign, ste_sign)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, probes, training
-from bnnbook.binarize import magnitude_aware_sign, real_weight
-from bnnbook.experiments.quist2023 import DECAYS, NETWORKS, EachStep
+from bnnbook.binarize import real_weight
+from bnnbook.experiments.quist2023 import DECAYS, NETWORKS, EachStep, forward_scaled_sign
 from bnnbook.experiments.runs import finished, recipe_at, seeded
 from bnnbook.layers import binary_layers
 from bnnbook.optim import split_parameters
@@ -139,8 +139,7 @@ def scaled_sign(w: Tensor) -> Tensor:
     :math:`\partial q/\partial w = 1` where :math:`|w| \le 1`, else 0, without :math:`\kappa_c`. A
     latent weight beyond 1 gets no gradient any more, and is not clipped either.
     """
-    passed = w.clamp(-1, 1)  # minus its detached copy it is exactly 0, but has a gradient
-    return magnitude_aware_sign(w, None).detach() + (passed - passed.detach())
+    return forward_scaled_sign(w, 1.0)
 
 
 QUANTIZERS = {"binary": scaled_sign, "real": real_weight}

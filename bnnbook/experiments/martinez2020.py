@@ -132,10 +132,9 @@ def begin(network: nn.Module, step: Step) -> None:
     used here is our choice).
     """
     if step.weights == "binary":
-        with torch.no_grad():
-            for unit in network.modules():
-                if isinstance(unit, ExpertUnit):
-                    unit.scale.scale.mul_(unit.conv.weight.abs().mean((1, 2, 3)))
+        for unit in network.modules():
+            if isinstance(unit, ExpertUnit):
+                unit.absorb_magnitude()
     for layer in binary_layers(network):
         layer.set_quantizers(WEIGHTS[step.weights], INPUTS[step.inputs])
 

@@ -73,16 +73,17 @@ DECAYS: dict[str, Callable[[float], float]] = {
 }
 
 
-def forward_scaled_sign(w: Tensor) -> Tensor:
+def forward_scaled_sign(w: Tensor, clip_value: float = math.inf) -> Tensor:
     r"""Binarise to :math:`\kappa_c \operatorname{sign}(w)` and pass the gradient unchanged.
 
     :math:`\kappa_c` is the mean of :math:`|w|` over output channel c of w (out, in, ...). Backward
-    :math:`\partial q/\partial w = 1`: unlike in `magnitude_aware_sign`, :math:`\kappa_c` is left
-    out of the backward pass, as in the PyTorch code of Bi-Real Net and in the latent mode of Quist
-    et al.'s released code.
+    :math:`\partial q/\partial w = 1` where :math:`|w| \le` ``clip_value``, else 0: unlike in
+    `magnitude_aware_sign`, :math:`\kappa_c` is left out of the backward pass, as in the PyTorch
+    code of Bi-Real Net and in the latent mode of Quist et al.'s released code.
     """
-    # w minus its detached copy is exactly 0, but has a gradient
-    return magnitude_aware_sign(w, None).detach() + (w - w.detach())
+    passed = w.clamp(-clip_value, clip_value) if clip_value < math.inf else w
+    # minus its detached copy it is exactly 0, but has a gradient
+    return magnitude_aware_sign(w, None).detach() + (passed - passed.detach())
 
 
 QUANTIZERS = {"sign": partial(ste_sign, clip_value=None), "scaled": forward_scaled_sign}

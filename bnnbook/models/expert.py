@@ -96,6 +96,15 @@ class ExpertUnit(nn.Module):
             y = y * self.data_driven(normed)
         return self.activation(y) + self.shortcut(x)
 
+    @torch.no_grad()
+    def absorb_magnitude(self) -> None:
+        """Multiply each output channel's scale by the mean magnitude of its weights.
+
+        The mean is over all experts. So the outputs keep their size when the weights become ±1.
+        """
+        size = self.conv.weight.abs().mean((-3, -2, -1))  # of each expert, if there are several
+        self.scale.scale *= size.reshape(-1, len(self.scale.scale)).mean(0)
+
 
 def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """Return the real shortcut, with a quarter of the channels between its two convolutions."""

@@ -111,8 +111,12 @@ def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict
     macs = _products(module) * sum(shape.numel() for shape in outputs)
     binary = isinstance(module, BinaryLayer)
     weights = module.weight.numel() if binary and any(p is module.weight for p in own) else 0
-    weight_bits = _bits(module.weight_quantizer, unquantized=1) if binary else REAL_BITS
-    input_bits = _bits(module.input_quantizer, unquantized=REAL_BITS) if binary else REAL_BITS
+    weight_bits = input_bits = REAL_BITS
+    if binary:
+        weight_grid = linspace(-2, 2, 4096).expand(2, -1)  # (out, in), as weights are
+        weight_bits = _bits(module.weight_quantizer, 1, weight_grid, channels=0)
+        inputs = _input_grid(module)
+        input_bits = _bits(module.input_quantizer, REAL_BITS, inputs, channels=1)
     bops = macs if weight_bits == input_bits == 1 else 0
     return {
         "name": name,
@@ -134,13 +138,26 @@ def _products(module: nn.Module) -> int:
     return 0
 
 
-def _bits(quantizer, unquantized: int) -> int:
-    """Return the bits of what a quantizer returns; ``unquantized`` where there is none."""
+def _input_grid(layer: BinaryLayer) -> Tensor:
+    """Return numbers from -2 to 2 in each channel; an input quantizer may have one scale for each.
+
+    Their shape is (1, C, H, W) for a convolution, else (N, features).
+    """
+    if isinstance(layer, nn.Conv2d):
+        return linspace(-2, 2, 4096).view(1, 1, 64, 64).expand(1, layer.in_channels, -1, -1)
+    return linspace(-2, 2, 4096).view(-1, 1).expand(-1, layer.in_features)
+
+
+def _bits(quantizer, unquantized: int, grid: Tensor, channels: int) -> int:
+    """Return the bits of what a quantizer returns; ``unquantized`` where there is none.
+
+    They are those of the first channel, out of the dimension ``channels`` of ``grid``.
+    """
     if quantizer is None:
         return unquantized
     if getattr(quantizer, "func", quantizer) is stochastic_sign:
         return 1  # known, without drawing from its generator
     with no_grad(), random.fork_rng(devices=[]):
-        quantized = quantizer(linspace(-2, 2, 4096).expand(2, -1))  # (out, in), as weights are
-    levels = len(quantized[0].unique())
+        quantized = quantizer(grid)
+    levels = len(quantized.select(channels, 0).unique())
     return max(1, math.ceil(math.log2(levels))) if levels <= MOST_LEVELS else REAL_BITS
