@@ -84,9 +84,15 @@ class FlipOptimizer(torch.optim.Optimizer):
         group = _with_lr(param_group, self.lr_name)
         self.check({**self.defaults, **group})
         super().add_param_group(group)
-        for weight in self.param_groups[-1]["params"]:
-            self.check_weight(weight)
-            if self.binary:
+        weights = self.param_groups[-1]["params"]
+        try:
+            for weight in weights:
+                self.check_weight(weight)
+        except ValueError:
+            del self.param_groups[-1]  # nothing of a refused group stays
+            raise
+        if self.binary:
+            for weight in weights:
                 binarize_(weight)
 
     def check_weight(self, weight: Tensor) -> None:

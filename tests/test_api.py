@@ -143,6 +143,9 @@ def test_what_is_not_there_has_no_source_link():
     ("experiments.bulat2021:Fit", "class",
      "(model: nn.Module, rows: list[dict], dataset: data.Dataset, "
      "preprocess: Callable[[Tensor], Tensor], recipe: Recipe, stage1: Tensor)", ""),  # a dataclass
+    ("optim:FlipOptimizer", "class", "(params: Iterable, defaults: dict)", ""),
+    ("experiments.beyond:CascadedEMA", "class",
+     "(params: Iterable, alpha: float, gamma: float, *, fused: bool=False)", ""),
 ])  # fmt: skip
 def test_a_signature_reads_as_in_the_source(path, what, arguments, returns):
     thing = pkgutil.resolve_name(f"bnnbook.{path}")

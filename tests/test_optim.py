@@ -1131,3 +1131,10 @@ def test_a_number_set_outside_its_bounds_is_refused_at_the_next_step(rule, name,
     optimizer.param_groups[0][name] = value
     with pytest.raises(ValueError, match=f"a scheduler set {name} to {value}; it must stay in"):
         optimizer.step()
+
+
+def test_nothing_of_a_refused_group_stays():
+    optimizer = optim.LatentSGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match="would lose small updates"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2).half())]})
+    assert len(optimizer.param_groups) == 1

@@ -218,13 +218,14 @@ def first_sentence(node: ast.AST) -> str:
 
 def written_signature(app: Sphinx, what: str, name: str, thing, *_) -> tuple[str, str] | None:
     """The signature as the source has it, with its own names for types (autodoc expands them)."""
-    module, is_class = getattr(thing, "__module__", None) or "", what in ("class", "exception")
-    path = getattr(thing, "__qualname__", "").split(".") + ["__init__"] * is_class
-    ours = module.partition(".")[0] == bnnbook.__name__
-    node = _find(tree_of(module), path) if ours and all(path) else None
+    is_class = what in ("class", "exception")
+    node, path = _node_of(thing), getattr(thing, "__qualname__", "").split(".")
+    if is_class and isinstance(node, ast.ClassDef):
+        if fields := _fields_signature(node):
+            return fields
+        node, path = _node_of(thing.__init__), [*path, "__init__"]  # it may be inherited
     if not isinstance(node, ast.FunctionDef):
-        owner = _find(tree_of(module), path[:-1]) if ours and is_class else None
-        return _fields_signature(owner)  # or made by a decorator, or another library's
+        return None  # made by a decorator, or another library's
     node = copy.deepcopy(node)
     _unquote_annotations(node)
     if len(path) > 1 and "staticmethod" not in map(ast.unparse, node.decorator_list):
@@ -233,9 +234,17 @@ def written_signature(app: Sphinx, what: str, name: str, thing, *_) -> tuple[str
     return f"({ast.unparse(node.args)})", returns
 
 
-def _fields_signature(node: ast.AST | None) -> tuple[str, str] | None:
+def _node_of(thing) -> ast.AST | None:
+    """Where a function or a class of ours is defined; None for other things."""
+    module = getattr(thing, "__module__", None) or ""
+    path = getattr(thing, "__qualname__", "").split(".")
+    ours = module.partition(".")[0] == bnnbook.__name__
+    return _find(tree_of(module), path) if ours and all(path) else None
+
+
+def _fields_signature(node: ast.ClassDef) -> tuple[str, str] | None:
     """The signature of a dataclass, which has no __init__ in the source; else None."""
-    made_by = [ast.unparse(each) for each in getattr(node, "decorator_list", ())]
+    made_by = [ast.unparse(each) for each in node.decorator_list]
     if not any(each.startswith("dataclass") for each in made_by):
         return None
     fields = []

@@ -299,7 +299,7 @@ def measure(fitted: Fit) -> tuple[dict[str, float], dict]:
     - unmoved: fraction of latent weights still below the bound of their initialisation.
     - magnitude, magnitude_spread: mean and standard deviation over the output channels of the
       channels' mean latent magnitudes, in the first binary layer with a quantized input.
-    - arrays: these magnitudes, and the histogram of all latent weights over ±`BOUND`.
+    - arrays: these magnitudes, and the histogram of all latent weights from -`BOUND` to `BOUND`.
     """
     rows, layers = fitted.histories[-1].rows, list(binary_layers(fitted.model))
     first = next(layer for layer in layers if layer.input_quantizer is not None)
