@@ -708,11 +708,13 @@ def test_the_probes_hooks_come_off_at_the_end_and_after_an_error():
 def test_a_refused_run_leaves_no_hooks_behind(tmp_path):
     """A probe whose state no checkpoint can hold is refused after it has started."""
 
-    class Unsaved(probes.Saturation):
+    class Unsaved(probes.ActivationSaturation):
         def state_dict(self):
             return {"when": object()}
 
-    model, optimizer, _ = setting()
+    layer = BinaryLinear(16, 3, input_quantizer=binarize.ste_sign)
+    model = nn.Sequential(nn.Flatten(), layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         with pytest.raises(ValueError, match="holds more than tensors"):
             training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
