@@ -314,7 +314,8 @@ def test_a_scheduler_that_notes_no_first_rate_is_continued(tmp_path):
             pass
 
     def once(path, probes_):
-        model, optimizer, _ = setting()
+        model, _, _ = setting()
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
         return run(3, (model, optimizer, Halving(optimizer)), probes=probes_, checkpoint=path)
 
     whole = once(None, [StopAfter(0)])

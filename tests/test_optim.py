@@ -1115,7 +1115,7 @@ def test_a_threshold_that_a_scheduler_takes_to_zero_still_flips_nothing_without_
             weight.grad = torch.zeros(3)
             optimizer.step()
             scheduler.step()
-        assert (weight == 1).all()
+            assert (weight == 1).all()
 
 
 @pytest.mark.parametrize(("rule", "name", "value"), [
