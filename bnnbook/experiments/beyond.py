@@ -139,20 +139,20 @@ def draw(rule: str, trial: int, seed: int, recipe: Recipe) -> Recipe:
 # --- What varies ---------------------------------------------------------------------------------
 
 
-def _evidence(recipe: Recipe) -> dict[str, dict]:
+def _evidence() -> dict[str, dict]:
     """Return each evidence with each number of flips."""
     return {f"{evidence}-{fraction:g}": {"evidence": evidence, "fraction": fraction}
             for evidence in RankedFlips.BUFFERS for fraction in FRACTIONS}  # fmt: skip
 
 
-def _rates(recipe: Recipe) -> dict[str, dict]:
+def _rates() -> dict[str, dict]:
     """Return alphas, of the filter that decides how many flip, and with their number given."""
     return {f"{name}-{alpha:g}": changes | {"alpha": alpha}
             for name, changes in (("free", {"rule": "second"}), ("ranked", {}))
             for alpha in (1.0, 0.1, 0.01, 0.001)}  # fmt: skip
 
 
-def _decay(recipe: Recipe) -> dict[str, dict]:
+def _decay() -> dict[str, dict]:
     """Return what falls as a cosine: the number of flips, alpha by which they are chosen, both."""
     rules = {"none": "ranked", "number": "ranked", "alpha": "ranked-slowing",
              "both": "ranked-slowing"}  # fmt: skip
@@ -160,7 +160,7 @@ def _decay(recipe: Recipe) -> dict[str, dict]:
             for name, rule in rules.items()}  # fmt: skip
 
 
-def _memory(recipe: Recipe) -> dict[str, dict]:
+def _memory() -> dict[str, dict]:
     """Return counters of some bits with both roundings, and float32."""
     return {"float": {"rule": "latent"}} | {
         f"{name}-{bits}": {"stochastic": name == "stochastic", "bits": bits}
@@ -168,7 +168,7 @@ def _memory(recipe: Recipe) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def _alphas(recipe: Recipe) -> dict[str, dict]:
+def _alphas() -> dict[str, dict]:
     """Return alphas of the second-order filter and of the first-order one."""
     return {f"{prefix}{alpha:g}": {"rule": rule, "alpha": alpha}
             for prefix, rule in (("", "second"), ("first-", "first"))
@@ -184,13 +184,13 @@ ELSEWHERE: dict[str, dict[str, dict]] = {
     "alphas_cifar10": {"full": {"dataset": "cifar10", "network": "perceptron3072"}},
     "alphas_residual": {"full": {"network": "birealnet8", "epochs": 2}},
 }
-CHANGES: dict[str, Callable[[Recipe], dict[str, dict]]] = {
-    "evidence": _evidence,
-    "rates": _rates,
-    "decay": _decay,
-    "memory": _memory,
-    "race": lambda recipe: {rule: {"rule": rule} for rule in SPACE},
-} | dict.fromkeys(ELSEWHERE, _alphas)
+CHANGES: dict[str, dict[str, dict]] = {
+    "evidence": _evidence(),
+    "rates": _rates(),
+    "decay": _decay(),
+    "memory": _memory(),
+    "race": {rule: {"rule": rule} for rule in SPACE},
+} | dict.fromkeys(ELSEWHERE, _alphas())
 BASE = {
     "evidence": {"rule": "ranked"},
     "rates": {"rule": "ranked"},
@@ -205,7 +205,7 @@ RECIPES |= {
            for scale, changes in scales.items()}
     for name, scales in ELSEWHERE.items()
 }  # fmt: skip
-VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
+VARIANTS = {name: tuple(changes) for name, changes in CHANGES.items()}
 TRIALS = {"small": 3, "full": 6}  # of `race`, for each rule and seed
 HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
 
@@ -213,7 +213,7 @@ HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale; ``epochs``, if given, replaces the recipe's."""
     recipe = recipe_at("beyond", experiment, variant, scale, VARIANTS, RECIPES)
-    recipe = replace(recipe, **CHANGES[experiment](recipe)[variant])
+    recipe = replace(recipe, **CHANGES[experiment][variant])
     return recipe if epochs is None else replace(recipe, epochs=epochs)
 
 
