@@ -449,13 +449,14 @@ class _Run:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # left behind by an earlier loop
         self.started = self.saved = time.monotonic()
-        self.replay, self.lookers = None, [p for p in self.probes if hasattr(p, "looking")]
+        self.replay, self.lookers = None, []
         self.settings = self.current_settings() if checkpoint else {}
 
     def start_probes(self) -> None:
         """Let the probes begin to look at the model."""
         for probe in self.probes:
             probe.start(self.model)
+        self.lookers = [p for p in self.probes if hasattr(p, "looking")]
         if self.checkpoint:
             checkpoints.check_probes(self.probes)
 
