@@ -256,7 +256,7 @@ def _digits(mean: float, spread: float | None) -> str:
     decimals = 2 - math.floor(math.log10(size))
     if not 0 <= decimals <= 6:
         return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
-    text = f"{mean:.{decimals}f}"
+    text = f"{round(mean, decimals) + 0.0:.{decimals}f}"  # + 0.0 makes -0.0 a 0.0
     if spread is None:
         return text
     rounded = f"{spread:.{decimals}f}"

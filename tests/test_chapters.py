@@ -1,6 +1,8 @@
 """The book's own chapters: executed, up to date, and built as the design asks."""
 
 import ast
+import base64
+import io
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 from bnnbook import claims
 from tools import chapters, claims_table, imports
@@ -32,6 +35,13 @@ def has_image(cell: nbformat.NotebookNode) -> bool:
     return any(
         kind in output.get("data", {}) for output in cell.outputs for kind in chapters.IMAGES
     )
+
+
+def pixels_per_dot(cell: nbformat.NotebookNode) -> float:
+    """How many of a figure's pixels lie side by side where a page has one."""
+    [output] = [each for each in cell.outputs if "image/png" in each.get("data", {})]
+    image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+    return image.width / output.metadata["image/png"]["width"]
 
 
 def test_every_text_has_its_notebook_and_the_other_way_round():
@@ -78,6 +88,7 @@ def test_figures_have_alt_text_name_and_caption(chapter):
             assert not alt.endswith(".png")
             assert figure["figure"]["name"].startswith("fig-")
             assert figure["figure"]["caption"]
+            assert 1.9 < pixels_per_dot(cell) < 2.1  # sharp on fine screens, too
         if "check-figure" in chapters.tags(cell):
             assert has_image(cell)
 

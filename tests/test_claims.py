@@ -165,6 +165,7 @@ def test_measurements_that_are_none(measured, message):
         (1.5e-9, None, "1.5e−09"),
         (1, None, "1.00"),
         (0.0001, 0.5, "0.000 ± 0.500"),
+        (-0.0001, 0.5, "0.000 ± 0.500"),  # no −0.000
     ],
 )
 def test_three_digits(mean, spread, text):

@@ -318,8 +318,11 @@ def test_learning_rates_are_means_in_per_cent(ax):
         np.testing.assert_allclose(x, [0.001, 0.01, 0.1])
         np.testing.assert_allclose(y, 100 * runs.test_error.mean())
         assert line.get_linestyle() == ("-" if variant.endswith("-scaled") else "--")
-        assert line.get_color() == lines(ax)[variant.partition("-")[0]].get_color()
+        plain = lines(ax)[variant.partition("-")[0]]
+        assert line.get_color() == plain.get_color()
+        assert line.get_marker() == plain.get_marker()
     assert len({line.get_color() for line in ax.lines}) == 3
+    assert len({line.get_marker() for line in ax.lines}) == 3
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
@@ -419,7 +422,8 @@ def test_plots_imports_nothing_that_trains():
                 for alias in node.names]  # fmt: skip
     imported += [n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     roots = {name.partition(".")[0] for name in imported}
-    assert roots == {"collections", "pathlib", "matplotlib", "numpy", "torch"}
+    assert roots == {"collections", "itertools", "pathlib", "sys", "matplotlib",
+                     "matplotlib_inline", "numpy", "torch"}  # fmt: skip
 
 
 def test_the_z_plane_shows_poles_and_how_often_a_zero_is_there(ax):

@@ -7,6 +7,7 @@ trained for fewer epochs. Each value of a recipe names its source. Distillation 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign
-from bnnbook.experiments.runs import finished, recipe_at, seeded
+from bnnbook.experiments.runs import finished, recipe_at, seeded, step_factor
 from bnnbook.layers import ExpertBinaryConv2d, binary_layers
 from bnnbook.models import expertnet, load_one_expert, summary
 from bnnbook.models.expert import ExpertUnit
@@ -192,11 +193,7 @@ def rate_factor(recipe: Recipe, epochs: int) -> Callable[[int], float]:
     """Return the learning rate's factor in a stage, as a function of its epoch, from 0."""
     warmup = round(recipe.warmup * epochs)
     falls = [round(share * epochs) for share in recipe.milestones]
-
-    def factor(epoch: int) -> float:
-        return min(1.0, (epoch + 1) / (warmup + 1)) * 0.1 ** sum(epoch >= fall for fall in falls)
-
-    return factor
+    return partial(step_factor, warmup=warmup, falls=falls)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign
-from bnnbook.experiments.runs import finished, recipe_at, seeded
+from bnnbook.experiments.runs import finished, recipe_at, seeded, step_factor
 from bnnbook.layers import attention_matching, binary_layers
 from bnnbook.models import expertnet
 from bnnbook.models.expert import ExpertUnit
@@ -222,8 +222,7 @@ def build_network(recipe: Recipe, dataset: data.Dataset) -> nn.Module:
 
 def rate_factor(epoch: int, recipe: Recipe, warmup: int) -> float:
     """Return the learning rate's factor in an epoch: linear warm-up, then a tenth at each drop."""
-    rise = min(1.0, (epoch + 1) / (warmup + 1))
-    return rise * 0.1 ** sum(epoch >= drop * recipe.epochs for drop in DROPS)
+    return step_factor(epoch, warmup, [drop * recipe.epochs for drop in DROPS])
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, last: bool) -> torch.optim.Optimizer:

@@ -226,7 +226,6 @@ class Fit:
     preprocess: Callable[[Tensor], Tensor]
     recipe: Recipe
     flips: probes.FlipRatio
-    samples: Sequence[probes.GradientSample]
 
     @property
     def error(self) -> float:
@@ -324,7 +323,7 @@ def fit(recipe: Recipe, *, seed: int = 0, device=None, checkpoint=None,
         probes=[flips, *samples], seed=seed, device=device, checkpoint=checkpoint,
         progress=progress, graph=True,
     )  # fmt: skip
-    return Fit(model, history, dataset, preprocess, recipe, flips, samples)
+    return Fit(model, history, dataset, preprocess, recipe, flips)
 
 
 # --- One function per comparison ---------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What all papers' experiments share: their recipes' lookup, seeding, and records of runs."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -41,6 +41,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def step_factor(epoch: int, warmup: int, falls: Sequence[float]) -> float:
+    """Return a learning rate's factor: a linear warm-up, then a tenth from each fall on.
+
+    epoch: from 0. warmup: how many epochs are below the full rate.
+
+    >>> [round(step_factor(epoch, 2, (4, 5)), 2) for epoch in range(6)]
+    [0.33, 0.67, 1.0, 1.0, 0.1, 0.01]
+    """
+    return min(1.0, (epoch + 1) / (warmup + 1)) * 0.1 ** sum(epoch >= fall for fall in falls)
 
 
 def check_settings(scale: str, seeds: int, epochs: int, least: int = 1) -> None:
