@@ -133,6 +133,7 @@ DEFECTS = [
     (TOY, "A dot in the middle.", "dot", "no alternative text"),
     (TOY, "A dot.</span>", "</span>", "without a caption"),
     (TOY, "figcaption", "p", "without a caption"),
+    (TOY, "<figure><img", "<figure><a href='../_static/dot.svg'><img", "does not scroll"),
     (TOY, "figure", "div", "not in a figure"),
     (INTRO, "toy.html#one", "toy.html#two", "names no anchor"),
     (INTRO, "toy.html#one", "tou.html", "leads nowhere"),

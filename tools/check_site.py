@@ -165,13 +165,15 @@ def images(site: Site) -> Iterator[str]:
             where = f"{site.name(path)}: image {source[-60:]}"
             if not alt or FILE_NAME.search(alt) or alt == Path(source).stem:
                 yield f"{where} has no alternative text, but {alt!r}"
-            if image.find_parent("a"):
-                continue  # a badge is a button, not a figure
-            figure = image.find_parent("figure")
+            figure, link = image.find_parent("figure"), image.find_parent("a")
             if figure is None:
-                yield f"{where} is not in a figure with a caption"
-            elif not _caption(figure):
+                if link is None:  # a badge is a button, not a figure
+                    yield f"{where} is not in a figure with a caption"
+                continue
+            if not _caption(figure):
                 yield f"{where} is in a figure without a caption"
+            if link is not None:
+                yield f"{where} is a link, so it does not scroll on a phone"
 
 
 def _caption(figure: Tag) -> str:
