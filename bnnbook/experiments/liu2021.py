@@ -71,7 +71,7 @@ RATES = {  # paper: figure 8, read off its axes: 0.0001 to 0.005 and 0.002 to 0.
 }
 FACTORS = {"0x": 0, "1x": 1, "2x": 2, "20x": 20, "minus-20x": -20}  # paper: without the 20x
 STEPS = {"one-step": ("binary",), "two-step": ("real", "binary"), "twice": ("binary", "binary")}
-MULTIPLES = (1, 4, 16)  # of the learning rate, in `steps_short` and `steps_long`
+MULTIPLES = (1, 4, 16, 64)  # of the learning rate, in `steps_short` and `steps_long`
 # Our own: as many epochs in all for one step as for two, without decay, at several rates. A rate
 # that only falls after an epoch would still be half the first in the last of two epochs.
 EQUAL = {
@@ -256,7 +256,7 @@ def two_step(variant: str = "two-step", *, seed: int = 0, scale: str = "small",
 
 def steps_short(variant: str = "two-step-1x", *, seed: int = 0, scale: str = "small",
                 epochs: int | None = None, **run) -> Record:  # fmt: skip
-    """Run one step, two, or the control, as long as each other, at one of three learning rates.
+    """Run one step, two, or the control, as long as each other, at one of four learning rates.
 
     Two steps share the recipe's epochs, so one step is twice as long as either of them. ``epochs``
     replaces their sum; ``run`` as in `optimizer`.
