@@ -97,7 +97,7 @@ def test_one_step_is_as_long_as_two_at_each_rate(name):
     recipes = [liu2021.find_recipe(name, v, "full", None) for v in liu2021.VARIANTS[name]]
     assert {len(r.steps) * r.epochs for r in recipes} == {liu2021.RECIPES[name]["full"].epochs}
     rates = {r.lr / liu2021.FULL.lr for r in recipes}
-    assert rates == {1, 4, 16}
+    assert rates == {1, 4, 16, 64}
     assert {(r.steps, r.lr) for r in recipes} == {
         (steps, by * liu2021.FULL.lr) for steps in liu2021.STEPS.values() for by in rates
     }
