@@ -60,9 +60,10 @@ endif
 
 book: notebooks site ## execute what is not fresh, build the site and say where it is
 
-notebooks: setup ## execute chapters that are not fresh (FORCE=1: all) and collect their claims
+notebooks: setup ## execute chapters that are not fresh (FORCE=1: all) and renew what pages show of them
 	@$(PY) -m tools.chapters build $(if $(FORCE),--force)
 	@$(PY) -m tools.claims_table
+	@$(PY) -m tools.cover
 
 site: setup ## build _build/html from notebooks/ as they are (STRICT=1: anew, warnings are errors)
 	@$(PY) -m tools.website $(if $(STRICT),--strict)

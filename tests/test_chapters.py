@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from bnnbook import claims
-from tools import chapters, claims_table, imports
+from tools import chapters, claims_table, cover, imports
 
 ROOT = chapters.ROOT
 CHAPTERS = [pytest.param(chapter, id=chapter.name) for chapter in chapters.find(ROOT)]
@@ -155,6 +155,10 @@ def test_notebook_stays_small_and_keeps_no_trace_of_a_machine(chapter):
 
 def test_tables_of_claims_are_up_to_date():
     assert [path.name for path in claims_table.outdated(ROOT)] == []
+
+
+def test_the_cover_is_the_figure_of_its_chapter():
+    assert (ROOT / cover.COVER).read_bytes() == cover.drawn()
 
 
 # ---------------------------------------------------------------------------------------------
