@@ -586,11 +586,16 @@ def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:
 
     BinaryConnect does this after each update: beyond :math:`\pm 1` a weight would grow without any
     effect on its binary value. Weights without a quantizer are already binary and are not touched.
+    Raises TypeError for a weight that is computed from others (a parametrization, weight norm).
     """
     with torch.no_grad():
         for layer in binary_layers(model):
-            if layer.weight_quantizer is not None:
-                layer.weight.clamp_(-bound, bound)
+            if layer.weight_quantizer is None:
+                continue
+            if not isinstance(layer.weight, nn.Parameter):
+                kind = type(layer).__name__
+                raise TypeError(f"a {kind}'s weight is computed from others: clip those")
+            layer.weight.clamp_(-bound, bound)
 
 
 class SquaredHingeLoss(nn.Module):

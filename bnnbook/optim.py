@@ -760,6 +760,7 @@ def glorot_scaled_groups(model: nn.Module, lr: float, power: int) -> list[dict]:
 def clip_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, bound: float = 1.0):
     """Clip the model's latent weights to [-bound, bound] after each step of the optimizer.
 
-    Returns the handle; ``handle.remove()`` ends it. See `layers.clip_latent_weights`.
+    Returns the handle; ``handle.remove()`` ends it. A copy of the optimizer (``copy.deepcopy``)
+    does not clip. See `layers.clip_latent_weights`.
     """
     return optimizer.register_step_post_hook(lambda *_: clip_latent_weights(model, bound))

@@ -169,6 +169,13 @@ def test_clipping_touches_latent_weights_only():
     assert model[0].weight.eq(-0.25).all()
 
 
+def test_a_weight_that_is_computed_from_others_cannot_be_clipped():
+    model = nn.Sequential(layers.BinaryLinear(3, 3))
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(TypeError, match="ParametrizedBinaryLinear's weight is computed from oth"):
+        layers.clip_latent_weights(model)
+
+
 def test_quantized_by_restores_the_quantizers_also_after_an_error():
     model = binaryconnect_mlp(4, (5,), 2, weights="stochastic")
     weight = model[1].weight
