@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import CellType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -118,6 +119,11 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
     parameters = model.named_parameters()
     frozen = [name for name, parameter in parameters if not parameter.requires_grad]
     found: dict[str, object] = {"list of frozen parameters": frozen}
+    for name, layer in model.named_modules():
+        found[f"setting of {name or 'the network'}"] = _at_first(layer, _layer_in_words)
+        for kind in ("weight_quantizer", "input_quantizer"):  # which may be replaced between runs
+            if (quantizer := getattr(layer, kind, None)) is not None:
+                found[f"{kind} of {name or 'the network'}"] = _at_first(quantizer, _in_words)
     for name, function in functions.items():
         holder = function.__self__ if inspect.ismethod(function) else function
         describe = _module_in_words if isinstance(holder, nn.Module) else _in_words
@@ -131,7 +137,9 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
 
 def name_of(function: Callable | None) -> str:
     """Return the name of a function, or of the class of another object."""
-    return getattr(function, "__qualname__", type(function).__name__)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    holder = getattr(function, "__self__", None)  # of a class method, such as Function.apply
+    return f"{holder.__qualname__}.{function.__name__}" if isinstance(holder, type) else name
 
 
 def _in_words(value, depth: int = 8) -> str:
@@ -141,6 +149,8 @@ def _in_words(value, depth: int = 8) -> str:
     """
     if isinstance(value, Tensor):
         return _gist(value)
+    if _is_array(value):
+        return _gist(torch.as_tensor(value))
     if _is_plain(value) or isinstance(value, nn.Module):  # not a network's buffers, which change
         return repr(value)
     told = [v for v in _inside(value) if v is not None and _is_told(v)]
@@ -152,6 +162,17 @@ def _module_in_words(module: nn.Module) -> str:
     parts = (value for part in module.modules() for value in _attributes(part))
     shown = [repr(value) for value in parts if _is_plain(value)]
     return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
+
+
+def _layer_in_words(layer: nn.Module) -> str:
+    """Return a layer's plain attributes as text; its repr need not show them."""
+    told = _attributes(layer)
+    pairs = zip(told[::2], told[1::2], strict=True)
+    return ", ".join(f"{k}={v!r}" for k, v in pairs if v is not None and _is_plain(v))
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf"
 
 
 def _is_plain(value) -> bool:
@@ -166,7 +187,7 @@ def _is_plain(value) -> bool:
 def _is_told(value) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_told, value))
-    return callable(value) or _is_plain(value) or isinstance(value, Tensor)
+    return callable(value) or _is_plain(value) or isinstance(value, Tensor) or _is_array(value)
 
 
 def _inside(value) -> Iterable:
@@ -202,13 +223,21 @@ def _gist(tensor: Tensor) -> str:
 
 
 def _numbers(part) -> dict[str, object]:
-    """Return the plain values in the state of an optimizer or a scheduler, by name."""
+    """Return the plain values in the state of an optimizer or a scheduler, by name.
+
+    And what is not in it: the functions of a schedule, and what follows each step (clipping, say).
+    """
     state = part.state_dict()
     groups = state.get("param_groups", [state])
-    return {f"{key}, group {number}" if len(groups) > 1 else key:
-                dict(value) if isinstance(value, Mapping) else value
-            for number, group in enumerate(groups) for key, value in group.items()
-            if key != "params" and _is_plain(value)}  # fmt: skip
+    found = {f"{key}, group {number}" if len(groups) > 1 else key:
+                 dict(value) if isinstance(value, Mapping) else value
+             for number, group in enumerate(groups) for key, value in group.items()
+             if key != "params" and _is_plain(value)}  # fmt: skip
+    factors = getattr(getattr(part, "scheduler", part), "lr_lambdas", ())
+    hooks = getattr(part, "_optimizer_step_post_hooks", {}).values()
+    found["lr_lambdas"] = [_in_words(factor) for factor in factors]
+    found["step_post_hooks"] = [_in_words(hook) for hook in hooks]
+    return {key: value for key, value in found.items() if value != []}
 
 
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

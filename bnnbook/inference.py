@@ -23,6 +23,7 @@ from bnnbook.layers import (
     BinaryLinear,
     ExpertBinaryConv2d,
     channel_means,
+    with_replaced,
 )
 
 WORD = 64  # bits
@@ -53,6 +54,9 @@ def pack(x: Tensor) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=x.device)
     # eight bits to a byte, then eight bytes read as a word
     octets = (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
+    if torch.compiler.is_compiling():  # to strides that view does not take
+        shifts = torch.arange(0, WORD, 8, device=x.device)
+        return (octets.unflatten(-1, (-1, 8)).long() << shifts).sum(-1)
     return octets.view(torch.int64)
 
 
@@ -464,20 +468,18 @@ def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
     """
     if multiply not in MULTIPLY:
         raise ValueError(f"unknown multiply {multiply!r}; known: {', '.join(MULTIPLY)}")
-    holder = nn.ModuleList([copy.deepcopy(model).eval()])  # the model's parent
-    modules = list(holder.modules())
-    packed = {id(m): _packed_if_possible(m) for m in modules if type(m) in PACKED}
-    for parent in modules:
-        for name, child in parent._modules.items():  # of one used twice, both
-            parent._modules[name] = packed.get(id(child), child)
+    network = copy.deepcopy(model).eval()
+    layers = [module for module in network.modules() if type(module) in PACKED]
+    network = with_replaced(network, {layer: _packed_if_possible(layer) for layer in layers})
+    modules = list(network.modules())
     shared = _shared(modules)
     for parent in modules:
         if type(parent).forward is nn.Sequential.forward:
             _fold(parent, shared)
-    for module in holder.modules() if multiply == "floats" else ():
+    for module in network.modules() if multiply == "floats" else ():
         if isinstance(module, Packed):
             module.binary_input = False  # after the thresholds, which integers need
-    return holder[0]
+    return network
 
 
 def _shared(modules: list[nn.Module]) -> set[int]:

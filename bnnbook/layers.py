@@ -79,6 +79,11 @@ class BinaryLayer:
         super().__setstate__(state)
         self._mark_weight()  # a copied parameter has lost its attributes
 
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._mark_weight()  # to_empty, for one, makes a new parameter
+        return self
+
     def _mark_weight(self) -> None:
         """Let the weight say whether it is latent, for optimizers, which do not see the layer."""
         weight = getattr(self, "weight", None)
@@ -517,8 +522,9 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
 
     Geometry, bias, dtype, device, training mode and ``requires_grad`` stay, and so do parameters
     that are shared. An activation in front of a layer stays, too: the signs of what a ReLU returns
-    are all +1. A parent that reads a layer's weight and does not call the layer, as torchvision's
-    Swin does, goes on with the latent weight: in `models.summary` such a layer has no output. (Of
+    are all +1. A parent that holds its layers in a list, too, finds the new ones there. One that
+    reads a layer's weight and does not call the layer, as torchvision's Swin does, goes on with
+    the latent weight: in `models.summary` such a layer has no output. (Of
     `torch.nn.TransformerEncoderLayer`, whose fast path does the same, that path is switched off.)
 
     Raises ValueError if no layer is chosen, and for chosen layers that compute something else or
@@ -531,16 +537,24 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
     >>> torch.equal(binary[1].weight, net[1].weight)
     True
     """
-    holder = nn.ModuleList([copy.deepcopy(model)])  # the model's parent
-    chosen = _chosen_layers(holder[0], where)
-    binary = {id(layer): _binary_counterpart(layer, weight_quantizer, input_quantizer)
-              for layer in chosen}  # fmt: skip
-    for parent in list(holder.modules()):
-        for name, child in parent._modules.items():  # of one used twice, both
-            parent._modules[name] = binary.get(id(child), child)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # no fast path, which would not call its layers
-    return holder[0]
+    network = copy.deepcopy(model)
+    quantizers = weight_quantizer, input_quantizer
+    chosen = _chosen_layers(network, where)
+    return with_replaced(network, {layer: _binary_counterpart(layer, *quantizers)
+                                   for layer in chosen})  # fmt: skip
+
+
+def with_replaced(network: nn.Module, parts: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Return a network with other parts, wherever it holds them: as modules, or in a list as well.
+
+    Its parameters and buffers are those of the old one, which is not to be used any more.
+    """
+    kept = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    network = copy.deepcopy(network, kept | {id(old): new for old, new in parts.items()})
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # no fast path, which would not call its layers
+    return network
 
 
 def _chosen_layers(model: nn.Module, where: Callable | None) -> list[nn.Module]:

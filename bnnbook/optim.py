@@ -109,8 +109,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None):
         """Update every weight that has a gradient; return the closure's loss, if there is one.
 
-        Raises ValueError for a rate set outside its bounds or under another key than "lr", and for
-        a latent weight of a `layers.BinaryLayer` where weights of ±1 are expected.
+        Raises ValueError for a rate set outside its bounds or under another key than "lr", for a
+        latent weight of a `layers.BinaryLayer` where weights of ±1 are expected, and the reverse.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -140,6 +140,11 @@ class FlipOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} holds a latent weight: its layer has a weight_quantizer, "
                 "whose gradient at ±1 may be 0 or turned round; make the layer with "
                 "weight_quantizer=None, or call set_quantizers(None, ...)"
+            )
+        if not self.binary and any(getattr(w, "latent", True) is False for w in group["params"]):
+            raise ValueError(
+                f"{type(self).__name__} holds a weight that must stay ±1: its layer has no "
+                "weight_quantizer; give it one, or take an optimizer such as Bop"
             )
 
     def _gather(self, group: dict) -> tuple[Tensors, Tensors, list[Tensors]]:
@@ -360,13 +365,13 @@ class LatentSGD(FlipOptimizer):
 
     params: latent weights, or groups of them; not in half precision.
     lr: :math:`\varepsilon \ge 0`.
-    gamma: :math:`\gamma` in (0, 1], 1 minus the momentum; 1 needs no buffer.
+    gamma: :math:`\gamma` in (0, 1], 1 minus the momentum.
     weight_decay: :math:`\lambda`, with :math:`\varepsilon\lambda \le 1`. A negative one makes
     latent weights grow without bound, which Liu et al. (2021) try on purpose.
     clip: bound of the latent weights, or None.
     fused: as for `CascadedEMA`.
 
-    State: one buffer per weight, none if gamma is 1. Raises ValueError for numbers outside these
+    State: one buffer per weight. Raises ValueError for numbers outside these
     bounds. A latent weight that decays to exactly 0, which takes a product
     :math:`\varepsilon\lambda > 1/2`, counts as +1.
 
@@ -388,9 +393,8 @@ class LatentSGD(FlipOptimizer):
     @staticmethod
     def update(weights, gradients, buffers, gamma, decay, lr, *clip) -> None:
         """Do one step of the rule on lists of tensors; decay is lr times weight_decay."""
-        m = buffers[0] if buffers else gradients
-        if buffers:
-            decayed_sum(m, gradients, gamma, gamma)
+        (m,) = buffers
+        decayed_sum(m, gradients, gamma, gamma)
         decayed_sum(weights, m, decay, -lr)
         for bound in clip:
             for weight in weights:
@@ -398,8 +402,8 @@ class LatentSGD(FlipOptimizer):
 
     @staticmethod
     def buffers(group: dict) -> tuple[str, ...]:
-        """Name the buffer: m, unless gamma is 1."""
-        return () if group["gamma"] == 1 else ("momentum",)
+        """Name the buffer: m, which a schedule of gamma needs even where gamma is 1."""
+        return ("momentum",)
 
     @staticmethod
     def check(group: dict) -> None:
@@ -439,7 +443,9 @@ class CounterSGD(FlipOptimizer):
 
     params: latent weights, or groups of them; they become counters, the nearest to V times each
     that have their sign.
-    The counters are stored as floating-point numbers, exactly; a device would use b bits.
+    The counters are stored as floating-point numbers, exactly; a device would use b bits. In a
+    network they take a quantizer that passes every gradient, such as `ste_sign` with
+    ``clip_value=None``: its default stops those of all counters but ±1.
     lr: :math:`\varepsilon \ge 0`.
     bits: b, from 1 to 16.
     stochastic: how R rounds; the numbers are drawn from torch's global generator.

@@ -83,7 +83,8 @@ def training_curves(histories, ax: Axes) -> Axes:
     colors = _colors(histories.variant)
     for variant, runs in histories.groupby("variant", sort=False):
         color = colors[variant]
-        error = 100 * (1 - runs.pivot(index="epoch", columns="seed", values="validation_accuracy"))
+        told = runs.dropna(subset="validation_accuracy")  # not every epoch need be evaluated
+        error = 100 * (1 - told.pivot(index="epoch", columns="seed", values="validation_accuracy"))
         ax.plot(error.index, error.mean(axis=1), color=color, label=variant)
         ax.fill_between(error.index, error.min(axis=1), error.max(axis=1), color=color, alpha=0.15)
         loss = runs.groupby("epoch").train_loss.mean()

@@ -545,7 +545,8 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
 
     ``scaled`` also allows ±s with one s > 0 for each output channel, as `magnitude_aware_sign`
     returns. A latent weight that is NaN or infinite is not binary, whatever its sign. A model
-    without binary layers raises ValueError too; real layers are not checked.
+    without binary layers raises ValueError too, and so does a `torch.nn.TransformerEncoderLayer`
+    that would not call its binary layers; real layers are not checked.
 
     >>> from bnnbook.layers import BinaryLinear, quantized_by
     >>> from bnnbook.binarize import real_weight
@@ -560,6 +561,7 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
     report = report[report["weight"] != "real"]
     if report.empty:
         raise ValueError("the model has no binary layer")
+    _check_called(model)
     passed = report["scaled_binary"] if scaled else report["binary"] == 1
     wrong = [
         f"layer {row.layer} ({', '.join(filter(None, [row.weight, row.quantizer]))}): "
@@ -570,6 +572,18 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
         finite = all(layer.weight.isfinite().all() for layer in binary_layers(model))
         hint = "" if finite else "; there are latent weights that are NaN or infinite"
         raise ValueError("not binary: " + "; ".join(wrong) + hint)
+
+
+def _check_called(model: nn.Module) -> None:
+    """Raise ValueError for a layer of torch that reads its binary layers' weights instead."""
+    for name, module in model.named_modules():
+        fast = isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu
+        if fast and any(binary_layers(module)):
+            raise ValueError(
+                f"{name or 'the model'} has a fast path in evaluation mode that multiplies with "
+                "the latent weights of its binary layers: set its activation_relu_or_gelu to 0, "
+                "or let layers.binarized make the network"
+            )
 
 
 def _named_binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:

@@ -142,13 +142,18 @@ def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_ran
     images: as in a `bnnbook.data.Dataset`, uint8 (N, C, H, W), or as ``preprocess`` takes them.
     batch_size: images per forward pass.
     """
-    if preprocess is unit_range and images.is_floating_point():
-        raise ValueError("images are uint8, from 0 to 255; for floating-point images, pass the "
-                         "preprocess that the model was trained with")  # fmt: skip
+    _check_uint8(images, preprocess)
     device = _device_of(model)
     with _evaluation_mode(model):
         batches = (preprocess(part.to(device)) for part in images.split(batch_size))
         return torch.cat([model(batch).float() for batch in batches])
+
+
+def _check_uint8(images: Tensor, preprocess: Callable) -> None:
+    """Raise ValueError for floating-point images if ``preprocess`` is the default, for uint8."""
+    if preprocess is unit_range and images.is_floating_point():
+        raise ValueError("images are uint8, from 0 to 255; for floating-point images, pass the "
+                         "preprocess that the model was trained with")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -209,8 +214,12 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     with other weights (real ones after stochastic training, say) needs new ones. In this pass only
     the batch norms are in training mode, so dropout stays off.
 
-    images, preprocess, batch_size: as in `predict`.
+    images, preprocess, batch_size: as in `predict`. Raises ValueError, before any statistics are
+    lost, if there are no images, or for floating-point ones as `predict` does.
     """
+    _check_uint8(images, preprocess)
+    if not len(images) or batch_size < 1:
+        raise ValueError(f"{len(images)} images in batches of {batch_size} give no statistics")
     device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -285,8 +294,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     layer's backward pass adds in varying order, as that of overlapping max-pooling does. The file
     is written every ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on
     Ctrl-C or SIGTERM after the step in progress. A file of other data, another network or other
-    settings is refused; functions are compared by name and by the values they were made with, not
-    by their code.
+    settings is refused; functions, quantizers, layers and schedules are compared by name and by
+    the values they were made with, not by their code, and probes by their classes only.
     progress: show a progress bar; by default only on a terminal and on Colab.
 
     Raises NonFiniteLossError if the loss becomes infinite or NaN, or, as is looked up after the
@@ -428,6 +437,7 @@ class _Run:
         _validate(data, self.optimizers, epochs, settings["every"], batch_size, model, device)
         _check_held(self.optimizers, model, settings["loss"])
         _check_not_latent(self.optimizers, model)
+        _check_counters(self.optimizers, model)
         _check_steps((*self.optimizers, *settings["schedulers"]))
         self.__dict__.update(settings)
         self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
@@ -730,6 +740,8 @@ def _check_binary(model: nn.Module) -> None:
 
 
 def _as_tuple(parts) -> tuple:
+    if parts is None:
+        return ()
     return tuple(parts) if isinstance(parts, Iterable) else (parts,)
 
 
@@ -780,7 +792,7 @@ def _check_steps(parts: Iterable) -> None:
 
 
 def _check_not_latent(optimizers, model: nn.Module) -> None:
-    """Raise ValueError if an optimizer that flips ±1 holds latent weights, to overwrite them."""
+    """Raise ValueError if an optimizer that flips ±1 holds latent or real weights."""
     flipped = {id(p) for o in optimizers if getattr(o, "binary", False)
                for group in o.param_groups for p in group["params"]}  # fmt: skip
     for name, layer in model.named_modules():
@@ -790,13 +802,41 @@ def _check_not_latent(optimizers, model: nn.Module) -> None:
                 f"{name}.weight is latent: its layer has a weight_quantizer; Bop and "
                 "CascadedEMA are for layers with weight_quantizer=None"
             )
+        if isinstance(layer, BinaryLayer) or not type(layer).__module__.startswith("torch.nn."):
+            continue
+        for kind, parameter in layer.named_parameters(name, recurse=False):
+            if id(parameter) in flipped:
+                raise ValueError(
+                    f"{kind} is real, of a {type(layer).__name__}: Bop and CascadedEMA flip "
+                    "binary weights; layers.split_parameters tells the two apart"
+                )
+
+
+def _check_counters(optimizers, model: nn.Module) -> None:
+    """Raise ValueError if no gradient can reach the counters of a `CounterSGD`."""
+    largest = {id(p): 2 ** group["bits"] - 1 for o in optimizers for group in o.param_groups
+               if "bits" in group for p in group["params"]}  # fmt: skip
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BinaryLayer) or largest.get(id(layer.weight), 1) == 1:
+            continue
+        counters = torch.full_like(layer.weight, largest[id(layer.weight)], requires_grad=True)
+        with torch.enable_grad(), _reproducible(counters.device, 0):
+            (slope,) = torch.autograd.grad(layer.weight_quantizer(counters).sum(), counters)
+        if not slope.any():
+            raise ValueError(
+                f"the quantizer of {name or 'the network'} passes no gradient to a counter of "
+                f"{largest[id(layer.weight)]}: take one that does, such as ste_sign with "
+                "clip_value=None"
+            )
 
 
 def _check_held(optimizers, model, loss) -> None:
-    """Raise ValueError if an optimizer holds no parameter of the model or the loss."""
+    """Raise an error for what is no optimizer, or holds no parameter of the model or the loss."""
     modules = [part for part in (model, loss) if isinstance(part, nn.Module)]
     ours = {id(parameter) for module in modules for parameter in module.parameters()}
     for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"{optimizer!r} is no optimizer of torch, nor like one")
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"{type(optimizer).__name__} holds no parameter of this model: was it made for "

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,16 @@ def toy_images(tmp_path, monkeypatch):
         monkeypatch.setenv("BNNBOOK_DATA", str(tmp_path))
 
     return put
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Skip where torch.compile finds no C++ compiler or no Python headers."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, in what it imports
+        try:
+            torch.compile(torch.neg)(torch.ones(3))
+        except Exception as error:
+            pytest.skip(f"torch.compile does not work here: {error}")

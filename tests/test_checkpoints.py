@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
 
 from bnnbook import checkpoints, data, optim, training
+from bnnbook.binarize import sign, ste_sign
 from bnnbook.checkpoints import CheckpointError
+from bnnbook.layers import BinaryLinear
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -165,6 +167,74 @@ def test_a_checkpoint_of_another_loss_is_refused_and_of_the_same_continued(
     assert without_time(loss_run(path, make(one))) == whole
     with pytest.raises(CheckpointError, match="another run: its setting of loss"):
         loss_run(path, make(other))
+
+
+def steep_sign(slope):
+    """A quantizer that was made with a number."""
+    return lambda w: sign(w) + slope * (w - w.detach())
+
+
+class Passing(torch.autograd.Function):
+    """A quantizer whose name, apply, says nothing."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return sign(w)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Stopping(Passing):
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0 * gradient
+
+
+class Scaled(nn.Flatten):
+    """A layer with a number that its repr does not show."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def made_run(path, quantizer=ste_sign, first=None, falls=1.0, bound=None, offset=None):
+    """Train one epoch; each argument is something that only its maker knows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        first or nn.Flatten(), BinaryLinear(16, 3, weight_quantizer=quantizer), nn.BatchNorm1d(3)
+    )
+    adam = torch.optim.Adam(model.parameters(), 0.01)
+    if bound:
+        optim.clip_after_step(adam, model, bound)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: falls**epoch)
+    offset = np.zeros(1, dtype=np.float32) if offset is None else offset
+    return training.train(
+        model, dataset(), adam, epochs=1, batch_size=10, schedulers=scheduler, device="cpu",
+        preprocess=lambda images: images / 255 + torch.from_numpy(offset), checkpoint=path,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other", "name"), [
+    ({"quantizer": steep_sign(1)}, {"quantizer": steep_sign(2)}, "weight_quantizer of 1"),
+    ({"quantizer": Passing.apply}, {"quantizer": Stopping.apply}, ""),
+    ({"first": Scaled(1.0)}, {"first": Scaled(2.0)}, "setting of 0"),
+    ({"falls": 0.5}, {"falls": 0.1}, "lr_lambdas of LambdaLR"),
+    ({"bound": 1.0}, {"bound": 0.5}, "step_post_hooks of Adam"),
+    ({"offset": np.zeros(1, np.float32)}, {"offset": np.ones(1, np.float32)},
+     "setting of preprocess"),
+])  # fmt: skip
+def test_what_parts_were_made_with_belongs_to_a_run(tmp_path, one, other, name):
+    path = tmp_path / "run.pt"
+    whole = without_time(made_run(path, **one))
+    assert without_time(made_run(path, **one)) == whole
+    with pytest.raises(CheckpointError, match=f"another run: its {name}"):
+        made_run(path, **other)
 
 
 def test_a_network_that_a_function_knows_may_have_moved_on(tmp_path):

@@ -681,3 +681,37 @@ def test_a_network_trained_on_digits_gives_the_same_logits_for_every_image():
     packed = pack_network(net)
     predict = partial(training.predict, images=digits.test_images, preprocess=data.signed_range)
     assert predict(packed).equal(predict(net))
+
+
+def test_a_list_of_layers_is_packed_with_them():
+    class InOrder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = layers.BinaryLinear(70, 5, **BOTH)
+            self.order = [self.inner]
+
+        def forward(self, x):
+            return self.order[0](x)
+
+    net, x = InOrder(), torch.randn(3, 70)
+    packed = pack_network(net)
+    assert packed.order[0] is packed.inner
+    assert isinstance(packed.inner, inference.PackedLinear)
+    assert packed(x).equal(net(x))
+
+
+def test_a_transformer_with_packed_layers_calls_them():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    encoder.linear1 = layers.BinaryLinear(8, 16, bias=True, **BOTH)
+    encoder.activation_relu_or_gelu = 0
+    expected = encoder(torch.ones(2, 3, 8)).detach()
+    encoder.activation_relu_or_gelu = 1
+    with torch.no_grad():
+        torch.testing.assert_close(pack_network(encoder)(torch.ones(2, 3, 8)), expected)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_words_are_the_same():
+    conv = layers.BinaryConv2d(3, 4, 3, padding=1, **BOTH)
+    packed, x = inference.PackedConv2d(conv), torch.randn(2, 3, 6, 6)
+    assert torch.compile(packed)(x).equal(packed(x))

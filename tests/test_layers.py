@@ -1197,3 +1197,37 @@ def test_an_expert_convolution_survives_a_conversion_that_fails():
         layer._apply(fail)
     assert layer.weight.shape == (2, 4, 3, 3, 3)
     assert layer(torch.randn(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+class InOrder(nn.Module):
+    """Holds its layers as modules, and in a list, which it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+        self.order = [self.a, self.b, self.c]
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        return x
+
+
+def test_a_list_of_layers_becomes_binary_with_them():
+    torch.manual_seed(0)
+    net, x = InOrder(), torch.randn(5, 4)
+    binary = layers.binarized(net)
+    assert binary.order[1] is binary.b
+    assert isinstance(binary.b, layers.BinaryLinear)
+    assert binary.b.weight is not net.b.weight
+    with torch.no_grad():
+        middle = nn.functional.linear(net.a(x), sign(net.b.weight), net.b.bias)
+        torch.testing.assert_close(binary(x), net.c(middle))
+
+
+def test_a_new_memory_keeps_the_mark_of_a_latent_weight():
+    with torch.device("meta"):
+        layer = layers.BinaryLinear(3, 2)
+    assert layer.to_empty(device="cpu").weight.latent is True
+    layer = layers.BinaryLinear(3, 2, weight_quantizer=None)
+    assert layer.to("meta").weight.latent is False

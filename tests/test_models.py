@@ -806,3 +806,20 @@ def test_one_expert_of_latent_weights_does_not_get_into_a_binary_network():
     binary = {name for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
     for name in binary:
         assert torch.equal(model.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(("kind", "image"), [(nn.Conv1d, (2, 30)), (nn.Conv3d, (2, 4, 4, 4))])
+def test_convolutions_of_other_dimensions_are_counted(kind, image):
+    """As the page on one's own code makes a layer."""
+
+    class Layer(BinaryLayer, kind):
+        def forward(self, x):
+            x, weight = self.quantized_input(x), self.binary_weight()
+            return self._conv_forward(x, weight, self.bias)
+
+    layer = Layer(2, 8, 3, padding=1, bias=False)
+    layer.set_quantizers(weight_quantizer=None, input_quantizer=ste_sign)
+    row = summary(nn.Sequential(layer), image).iloc[0]
+    kernel, places = 3 ** (len(image) - 1), np.prod(image[1:])
+    assert row.bops == 2 * 8 * kernel * places
+    assert row.bits == 2 * 8 * kernel

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from functools import partial
 
 import numpy as np
@@ -208,17 +207,6 @@ def test_equals_its_literal_twin_bit_for_bit(rule, device):
             assert np.array_equal(weight.detach().cpu().numpy(), twins[i])
             for buffer, twin in zip(optimizer.state[weight].values(), buffers[i], strict=True):
                 assert np.array_equal(buffer.cpu().numpy(), twin)
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    """Skip where torch.compile finds no C++ compiler or no Python headers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, in what it imports
-        try:
-            torch.compile(torch.neg)(torch.ones(3))
-        except Exception as error:
-            pytest.skip(f"torch.compile does not work here: {error}")
 
 
 @pytest.mark.usefixtures("compiler")
@@ -481,6 +469,30 @@ def test_a_linear_schedule_may_end_a_rounding_beside_one():
         optimizer.param_groups[0].pop("initial_gamma", None)
         scheduler = lr_scheduler.LinearLR(lent, 0.1, 1.0, steps)
         run(optimizer, [weight], noise(steps + 2, (4,)), [scheduler])
+
+
+def test_a_schedule_may_take_gamma_to_one_and_back():
+    """The average of a step with gamma 1 is its gradient, which the next step must still know."""
+    gradients = noise(60, (40,))
+    (latent,), (binary,) = weights_of([np.zeros(40)]), weights_of([np.ones(40)])
+    sgd = optim.LatentSGD([latent], lr=0.5, gamma=1.0, weight_decay=2.0**-5)
+    ema = optim.CascadedEMA([binary], alpha=2.0**-6, gamma=1.0)
+    rates = [1, 0.5, 0.1, 1]  # each for ten steps
+    steps = [
+        lr_scheduler.LambdaLR(optim.rate_as_lr(o, "gamma"), lambda i: rates[i // 10 % 4])
+        for o in (sgd, ema)
+    ]
+    signs = run(sgd, [latent], gradients, steps[:1])
+    assert torch.equal(signs, run(ema, [binary], gradients, steps[1:]))
+
+
+def test_weights_that_must_stay_binary_are_not_for_latent_rules():
+    layer = layers.BinaryLinear(4, 3, weight_quantizer=None)
+    rule = optim.LatentSGD([layer.weight], 0.1)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(ValueError, match="LatentSGD holds a weight that must stay ±1"):
+        rule.step()
+    assert layer.weight.abs().eq(1).all()
 
 
 def test_learning_rate_decay_is_alpha_decay():

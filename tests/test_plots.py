@@ -279,6 +279,13 @@ def test_training_curves_of_one_run_are_those_of_its_history(ax):
         plots.training_curves(frame.drop(columns="validation_accuracy"), ax)
 
 
+def test_training_curves_join_the_epochs_that_were_evaluated(ax):
+    history = run(4, evaluate_every=2)[1].frame
+    plots.training_curves(history, ax)
+    assert ax.lines[0].get_xdata().tolist() == [2, 4]
+    assert np.isfinite(ax.lines[0].get_ydata()).all()
+
+
 def test_training_curves_of_one_variant_need_no_name(ax):
     frame = histories().query("variant == 'none'").drop(columns="variant")
     plots.training_curves(frame, ax)

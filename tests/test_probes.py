@@ -823,3 +823,12 @@ def test_parametrized_weights_are_looked_at_as_they_are_now():
     assert watched[0].epoch() == {"flip_ratio": 200 / 690, "flip_ratio/0": 200 / 600,
                                   "flip_ratio/2": 0}  # fmt: skip
     assert watched[1].epoch() == {"c2i": 490 / 690}
+
+
+def test_a_transformer_that_reads_the_weights_itself_is_not_binary():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder.linear1 = layers.BinaryLinear(8, 16, bias=True)
+    with pytest.raises(ValueError, match="the model has a fast path"):
+        probes.require_binary(encoder)
+    encoder.activation_relu_or_gelu = 0
+    probes.require_binary(encoder)

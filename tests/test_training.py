@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,7 @@ def test_a_single_scheduler_and_a_single_probe_need_no_list():
     found = run(2, made, schedulers=made[2], probes=probes.FlipRatio())[1]
     other = run(2, probes=[probes.FlipRatio()])[1]
     assert without_time(found) == without_time(other)
+    assert without_time(run(1, schedulers=None)[1]) == without_time(run(1, schedulers=[])[1])
 
 
 def test_latent_weights_are_not_for_rules_that_flip():
@@ -226,6 +228,29 @@ def test_latent_weights_are_not_for_rules_that_flip():
     optimizers = [optim.Bop(binary, 0.1, 0), torch.optim.Adam(real)]
     with pytest.raises(ValueError, match=r"1\.weight is latent.*weight_quantizer=None"):
         training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["2.bias", "3.weight"])
+def test_real_weights_are_not_for_rules_that_flip(name):
+    binary = BinaryLinear(16, 3, weight_quantizer=None)
+    model = nn.Sequential(nn.Flatten(), binary, nn.BatchNorm1d(3), nn.Linear(3, 3))
+    weights = [binary.weight, model.get_parameter(name)]
+    with pytest.raises(ValueError, match=rf"{name} is real, of a .*split_parameters"):
+        training.train(model, dataset(), optim.Bop(weights, 0.1, 0), epochs=1, batch_size=10,
+                       device="cpu")  # fmt: skip
+
+
+def test_counters_that_no_gradient_can_reach_are_refused():
+    def once(bits, **quantizer):
+        layer = BinaryLinear(16, 3, weight_quantizer=partial(binarize.ste_sign, **quantizer))
+        model = nn.Sequential(nn.Flatten(), layer, nn.BatchNorm1d(3))
+        counters = optim.CounterSGD([layer.weight], 0.1, bits)
+        return training.train(model, dataset(), counters, epochs=1, batch_size=10, device="cpu")
+
+    with pytest.raises(ValueError, match="of 1 passes no gradient to a counter of 7"):
+        once(3)
+    assert once(3, clip_value=None).rows
+    assert once(1).rows  # ±1 is all there is
 
 
 def test_averages_of_binary_weights_are_not_taken_for_a_binary_network():
@@ -276,8 +301,9 @@ def test_there_is_no_accuracy_of_nothing():
 
 def test_images_of_real_numbers_are_not_scaled_twice():
     model, images = setting("deterministic")[0], dataset().test_images
-    with pytest.raises(ValueError, match="images are uint8"):
-        training.predict(model, images / 255)
+    for measure in (training.predict, training.reestimate_batchnorm):
+        with pytest.raises(ValueError, match="images are uint8"):
+            measure(model, images / 255)
     assert torch.equal(
         training.predict(model, images / 255, preprocess=lambda part: part),
         training.predict(model, images, preprocess=lambda part: part / 255),
@@ -426,6 +452,7 @@ def test_a_masks_infinity_is_nothing_wrong():
     ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
     ({"evaluate_every": "2"}, "evaluate_every must be a whole number, not '2'"),
     ({"data": torch.utils.data.DataLoader([1])}, r"bnnbook\.data\.Dataset, not a DataLoader"),
+    ({"setting_": (*setting()[:1], torch.optim.Adam, None)}, "Adam'> is no optimizer"),
 ])  # fmt: skip
 def test_arguments_of_the_wrong_kind(options, message):
     with pytest.raises(TypeError, match=message):
@@ -626,6 +653,17 @@ def test_reestimated_statistics_are_those_of_the_images():
     assert torch.allclose(model[1].running_var, x.var(0))
     assert model.training
     assert model[1].momentum == 0.1
+
+
+@pytest.mark.parametrize(("number", "batch_size"), [(0, 10), (30, 0)])
+def test_a_pass_over_nothing_costs_no_statistics(number, batch_size):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16))
+    images = dataset().test_images
+    training.reestimate_batchnorm(model, images)
+    before = model[1].running_var.clone()
+    with pytest.raises(ValueError, match=f"{number} images in batches of {batch_size}"):
+        training.reestimate_batchnorm(model, images[:number], batch_size=batch_size)
+    assert torch.equal(model[1].running_var, before)
 
 
 def test_own_statistics_are_a_copys():

@@ -29,10 +29,10 @@ def summary(model: nn.Module, input_shape):
       here: their binary weights turn multiplications into additions, but of real numbers;
     - bops: multiply-accumulates of a binary weight and a binary input, done by XNOR and popcount.
 
-    Only convolutions and linear layers count operations, those on padding included; of several
-    experts one fires, but all are stored. A latent weight takes the bits of what its quantizer
-    returns: 1 for two values, 32 for more than 256. Operations are bops only with 1 bit on both
-    sides.
+    Only linear layers and convolutions, but for transposed ones, count operations, those on
+    padding included; of several experts one fires, but all are stored. A latent weight takes the
+    bits of what its quantizer returns: 1 for two values, 32 for more than 256. Operations are bops
+    only with 1 bit on both sides.
 
     The model runs once on shapes alone (torch's meta device) and in evaluation mode, so its
     weights, statistics and mode stay as they are, and so do torch's random generators; forward
@@ -141,11 +141,14 @@ def _products(module: nn.Module) -> int:
 def _input_grid(layer: BinaryLayer) -> Tensor:
     """Return numbers from -2 to 2 in each channel; an input quantizer may have one scale for each.
 
-    Their shape is (1, C, H, W) for a convolution, else (N, features).
+    Their shape is (1, C, H, W) for a convolution of two dimensions, else (N, features).
     """
-    if isinstance(layer, nn.Conv2d):
-        return linspace(-2, 2, 4096).view(1, 1, 64, 64).expand(1, layer.in_channels, -1, -1)
-    return linspace(-2, 2, 4096).view(-1, 1).expand(-1, layer.in_features)
+    grid = linspace(-2, 2, 4096)
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return grid.view(-1, 1).expand(-1, layer.in_features)
+    dimensions = len(layer.kernel_size)
+    sides = [round(4096 ** (1 / dimensions))] * dimensions
+    return grid.view(1, 1, *sides).expand(1, layer.in_channels, *sides)
 
 
 def _bits(quantizer, unquantized: int, grid: Tensor, channels: int) -> int:
