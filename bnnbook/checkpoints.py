@@ -120,7 +120,8 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
     frozen = [name for name, parameter in parameters if not parameter.requires_grad]
     found: dict[str, object] = {"list of frozen parameters": frozen}
     for name, layer in model.named_modules():
-        found[f"setting of {name or 'the network'}"] = _at_first(layer, _layer_in_words)
+        for key, value in _at_first(layer, _made_with).items():
+            found[f"{key} of {name or 'the network'}"] = value
         for kind in ("weight_quantizer", "input_quantizer"):  # which may be replaced between runs
             if (quantizer := getattr(layer, kind, None)) is not None:
                 found[f"{kind} of {name or 'the network'}"] = _at_first(quantizer, _in_words)
@@ -147,6 +148,8 @@ def _in_words(value, depth: int = 8) -> str:
 
     None is left out, because it may stand for a value that the function has yet to compute.
     """
+    if isinstance(value, nn.Parameter):  # which changes, like a network's buffers
+        return f"parameter {tuple(value.shape)}"
     if isinstance(value, Tensor):
         return _gist(value)
     if _is_array(value):
@@ -164,11 +167,14 @@ def _module_in_words(module: nn.Module) -> str:
     return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
 
 
-def _layer_in_words(layer: nn.Module) -> str:
-    """Return a layer's plain attributes as text; its repr need not show them."""
-    told = _attributes(layer)
-    pairs = zip(told[::2], told[1::2], strict=True)
-    return ", ".join(f"{k}={v!r}" for k, v in pairs if v is not None and _is_plain(v))
+def _made_with(layer: nn.Module) -> dict[str, str]:
+    """Return the plain attributes named like what a layer's class is called with, as text.
+
+    Its repr need not show them. What else it holds may be a counter, or a cache.
+    """
+    own = vars(layer)
+    names = [name for name in inspect.signature(type(layer).__init__).parameters if name in own]
+    return {name: repr(own[name]) for name in names if _is_plain(own[name])}
 
 
 def _is_array(value) -> bool:
@@ -235,9 +241,9 @@ def _numbers(part) -> dict[str, object]:
              if key != "params" and _is_plain(value)}  # fmt: skip
     factors = getattr(getattr(part, "scheduler", part), "lr_lambdas", ())
     hooks = getattr(part, "_optimizer_step_post_hooks", {}).values()
-    found["lr_lambdas"] = [_in_words(factor) for factor in factors]
-    found["step_post_hooks"] = [_in_words(hook) for hook in hooks]
-    return {key: value for key, value in found.items() if value != []}
+    # under names that the state has not, which an older file may hold without the functions
+    more = {"factors": list(map(_in_words, factors)), "step hooks": list(map(_in_words, hooks))}
+    return found | {key: words for key, words in more.items() if words}
 
 
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

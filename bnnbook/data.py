@@ -114,8 +114,8 @@ class Dataset:
         if not 1 <= n < total:
             raise ValueError(f"hold_out(n={n}): n must lie between 1 and {total - 1}")
         if seed is None:
-            changes = int((labels[1:] != labels[:-1]).sum())
-            if 0 < changes == len(labels.unique()) - 1:  # each class stands in one place
+            classes, changes = len(labels.unique()), int((labels[1:] != labels[:-1]).sum())
+            if 0 < changes == classes - 1 < total - 1:  # each class stands in one place
                 raise ValueError(
                     "the training images are ordered by class, so the last ones would hold only "
                     "the last classes: hold_out(n, seed=0) draws them at random"

@@ -23,7 +23,7 @@ from bnnbook.layers import (
     BinaryLinear,
     ExpertBinaryConv2d,
     channel_means,
-    with_replaced,
+    replace_parts,
 )
 
 WORD = 64  # bits
@@ -468,18 +468,18 @@ def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
     """
     if multiply not in MULTIPLY:
         raise ValueError(f"unknown multiply {multiply!r}; known: {', '.join(MULTIPLY)}")
-    network = copy.deepcopy(model).eval()
-    layers = [module for module in network.modules() if type(module) in PACKED]
-    network = with_replaced(network, {layer: _packed_if_possible(layer) for layer in layers})
-    modules = list(network.modules())
+    holder = nn.ModuleList([copy.deepcopy(model).eval()])  # the model's parent
+    layers = [module for module in holder.modules() if type(module) in PACKED]
+    replace_parts(holder, {layer: _packed_if_possible(layer) for layer in layers})
+    modules = list(holder.modules())
     shared = _shared(modules)
     for parent in modules:
         if type(parent).forward is nn.Sequential.forward:
             _fold(parent, shared)
-    for module in network.modules() if multiply == "floats" else ():
+    for module in holder.modules() if multiply == "floats" else ():
         if isinstance(module, Packed):
             module.binary_input = False  # after the thresholds, which integers need
-    return network
+    return holder[0]
 
 
 def _shared(modules: list[nn.Module]) -> set[int]:

@@ -86,8 +86,8 @@ class BinaryLayer:
 
     def _mark_weight(self) -> None:
         """Let the weight say whether it is latent, for optimizers, which do not see the layer."""
-        weight = getattr(self, "weight", None)
-        if isinstance(weight, nn.Parameter):
+        weight = self.__dict__.get("_parameters", {}).get("weight")
+        if weight is not None:  # one that is computed from others is not evaluated for this
             weight.latent = getattr(self, "weight_quantizer", None) is not None
 
     def _check_quantizer(self, kind: str, quantizer) -> None:
@@ -537,24 +537,31 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
     >>> torch.equal(binary[1].weight, net[1].weight)
     True
     """
-    network = copy.deepcopy(model)
+    holder = nn.ModuleList([copy.deepcopy(model)])  # the model's parent
     quantizers = weight_quantizer, input_quantizer
-    chosen = _chosen_layers(network, where)
-    return with_replaced(network, {layer: _binary_counterpart(layer, *quantizers)
-                                   for layer in chosen})  # fmt: skip
+    chosen = _chosen_layers(holder[0], where)
+    replace_parts(holder, {layer: _binary_counterpart(layer, *quantizers) for layer in chosen})
+    return holder[0]
 
 
-def with_replaced(network: nn.Module, parts: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a network with other parts, wherever it holds them: as modules, or in a list as well.
-
-    Its parameters and buffers are those of the old one, which is not to be used any more.
-    """
-    kept = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    network = copy.deepcopy(network, kept | {id(old): new for old, new in parts.items()})
-    for module in network.modules():
+def replace_parts(network: nn.Module, parts: dict[nn.Module, nn.Module]) -> None:
+    """Replace parts of a network wherever its modules hold them: as modules, or in a list too."""
+    for module in list(network.modules()):
+        _swap(vars(module), {id(old): new for old, new in parts.items()})
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # no fast path, which would not call its layers
-    return network
+
+
+def _swap(value, new: dict[int, nn.Module], depth: int = 4):
+    """Return a value with the modules of these ids replaced; lists and dicts change in place."""
+    if depth and isinstance(value, dict):
+        for key, part in value.items():
+            value[key] = _swap(part, new, depth - 1)
+    elif depth and isinstance(value, list):
+        value[:] = [_swap(part, new, depth - 1) for part in value]
+    elif depth and type(value) is tuple:
+        return tuple(_swap(part, new, depth - 1) for part in value)
+    return new.get(id(value), value)
 
 
 def _chosen_layers(model: nn.Module, where: Callable | None) -> list[nn.Module]:

@@ -577,8 +577,10 @@ def require_binary(model: nn.Module, scaled: bool = False) -> None:
 def _check_called(model: nn.Module) -> None:
     """Raise ValueError for a layer of torch that reads its binary layers' weights instead."""
     for name, module in model.named_modules():
-        fast = isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu
-        if fast and any(binary_layers(module)):
+        if not isinstance(module, nn.TransformerEncoderLayer):
+            continue
+        fast = module.activation_relu_or_gelu and module.self_attn.batch_first
+        if fast and any(isinstance(m, BinaryLayer) for m in (module.linear1, module.linear2)):
             raise ValueError(
                 f"{name or 'the model'} has a fast path in evaluation mode that multiplies with "
                 "the latent weights of its binary layers: set its activation_relu_or_gelu to 0, "

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from bnnbook import checkpoints, graphs
 from bnnbook.data import Dataset, unit_range
 from bnnbook.layers import BinaryLayer, binary_layers
+from bnnbook.optim import CounterSGD
 
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
 FUNCTIONS = ("loss", "augment", "preprocess", "test_model", "stop")  # arguments of `train`
@@ -36,6 +37,7 @@ SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # on the progres
 MOST_OFF = 0.01
 # What BNNBOOK_PRECISION may name: autocast's dtype, None for none.
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is given another number
 
 
@@ -792,7 +794,7 @@ def _check_steps(parts: Iterable) -> None:
 
 
 def _check_not_latent(optimizers, model: nn.Module) -> None:
-    """Raise ValueError if an optimizer that flips ±1 holds latent or real weights."""
+    """Raise ValueError if an optimizer that flips ±1 holds latent weights, or biases and gains."""
     flipped = {id(p) for o in optimizers if getattr(o, "binary", False)
                for group in o.param_groups for p in group["params"]}  # fmt: skip
     for name, layer in model.named_modules():
@@ -802,32 +804,38 @@ def _check_not_latent(optimizers, model: nn.Module) -> None:
                 f"{name}.weight is latent: its layer has a weight_quantizer; Bop and "
                 "CascadedEMA are for layers with weight_quantizer=None"
             )
-        if isinstance(layer, BinaryLayer) or not type(layer).__module__.startswith("torch.nn."):
-            continue
-        for kind, parameter in layer.named_parameters(name, recurse=False):
-            if id(parameter) in flipped:
+        kinds = ("weight", "bias") if isinstance(layer, NORMS) else ("bias",)
+        for kind in kinds:
+            if id(getattr(layer, kind, None)) in flipped:
                 raise ValueError(
-                    f"{kind} is real, of a {type(layer).__name__}: Bop and CascadedEMA flip "
-                    "binary weights; layers.split_parameters tells the two apart"
+                    f"{name}.{kind} is real, of a {type(layer).__name__}: Bop and CascadedEMA "
+                    "flip binary weights; optim.split_parameters tells the two apart"
                 )
 
 
 def _check_counters(optimizers, model: nn.Module) -> None:
-    """Raise ValueError if no gradient can reach the counters of a `CounterSGD`."""
-    largest = {id(p): 2 ** group["bits"] - 1 for o in optimizers for group in o.param_groups
-               if "bits" in group for p in group["params"]}  # fmt: skip
+    """Raise ValueError if no gradient passes the quantizer to the counters of a `CounterSGD`."""
+    largest = {id(p): 2 ** group["bits"] - 1 for o in optimizers if isinstance(o, CounterSGD)
+               for group in o.param_groups for p in group["params"]}  # fmt: skip
     for name, layer in model.named_modules():
-        if not isinstance(layer, BinaryLayer) or largest.get(id(layer.weight), 1) == 1:
-            continue
-        counters = torch.full_like(layer.weight, largest[id(layer.weight)], requires_grad=True)
-        with torch.enable_grad(), _reproducible(counters.device, 0):
-            (slope,) = torch.autograd.grad(layer.weight_quantizer(counters).sum(), counters)
-        if not slope.any():
+        latent = isinstance(layer, BinaryLayer) and layer.weight_quantizer is not None
+        bound = largest.get(id(layer.weight), 1) if latent else 1
+        if bound > 1 and not _passes_gradient(layer.weight_quantizer, layer.weight, bound):
             raise ValueError(
                 f"the quantizer of {name or 'the network'} passes no gradient to a counter of "
-                f"{largest[id(layer.weight)]}: take one that does, such as ste_sign with "
-                "clip_value=None"
+                f"{bound}: take one that does, such as ste_sign with clip_value=None"
             )
+
+
+def _passes_gradient(quantizer: Callable, weight: Tensor, bound: int) -> bool:
+    """Return whether any gradient reaches weights of ±bound; leaves the quantizer as it is."""
+    with torch.enable_grad(), _reproducible(weight.device, 0):
+        weights = (bound * torch.randn_like(weight).sign()).requires_grad_()
+        outputs = copy.deepcopy(quantizer)(weights)
+        if not outputs.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(outputs, weights, torch.randn_like(outputs))
+    return bool(gradient.any())
 
 
 def _check_held(optimizers, model, loss) -> None:

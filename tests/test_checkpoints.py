@@ -197,9 +197,10 @@ class Scaled(nn.Flatten):
 
     def __init__(self, factor):
         super().__init__()
-        self.factor = factor
+        self.factor, self.calls = factor, 0
 
     def forward(self, x):
+        self.calls += 1
         return self.factor * super().forward(x)
 
 
@@ -223,9 +224,9 @@ def made_run(path, quantizer=ste_sign, first=None, falls=1.0, bound=None, offset
 @pytest.mark.parametrize(("one", "other", "name"), [
     ({"quantizer": steep_sign(1)}, {"quantizer": steep_sign(2)}, "weight_quantizer of 1"),
     ({"quantizer": Passing.apply}, {"quantizer": Stopping.apply}, ""),
-    ({"first": Scaled(1.0)}, {"first": Scaled(2.0)}, "setting of 0"),
-    ({"falls": 0.5}, {"falls": 0.1}, "lr_lambdas of LambdaLR"),
-    ({"bound": 1.0}, {"bound": 0.5}, "step_post_hooks of Adam"),
+    ({"first": Scaled(1.0)}, {"first": Scaled(2.0)}, "factor of 0"),
+    ({"falls": 0.5}, {"falls": 0.1}, "factors of LambdaLR"),
+    ({"bound": 1.0}, {"bound": 0.5}, "step hooks of Adam"),
     ({"offset": np.zeros(1, np.float32)}, {"offset": np.ones(1, np.float32)},
      "setting of preprocess"),
 ])  # fmt: skip
@@ -235,6 +236,32 @@ def test_what_parts_were_made_with_belongs_to_a_run(tmp_path, one, other, name):
     assert without_time(made_run(path, **one)) == whole
     with pytest.raises(CheckpointError, match=f"another run: its {name}"):
         made_run(path, **other)
+
+
+def test_what_a_layer_counts_is_no_setting(tmp_path):
+    used = Scaled(1.0)
+    used(torch.ones(2, 3))
+    whole = without_time(made_run(tmp_path / "run.pt", first=used))
+    assert without_time(made_run(tmp_path / "run.pt", first=Scaled(1.0))) == whole
+
+
+def test_parameters_that_a_quantizer_knows_are_no_setting(tmp_path):
+    def learned(start):
+        scale = nn.Parameter(torch.tensor(start))
+        return lambda w: ste_sign(w) * scale.detach().sign()
+
+    whole = without_time(made_run(tmp_path / "run.pt", quantizer=learned(0.5)))
+    assert without_time(made_run(tmp_path / "run.pt", quantizer=learned(0.7))) == whole
+
+
+def test_a_checkpoint_from_before_functions_of_a_schedule_were_kept_continues(tmp_path):
+    path = tmp_path / "run.pt"
+    whole = without_time(made_run(path, falls=0.5))
+    state = torch.load(path, weights_only=True)
+    assert "lr_lambdas of LambdaLR (0 of the schedulers)" in state["settings"]  # torch's, without
+    del state["settings"]["factors of LambdaLR (0 of the schedulers)"]
+    torch.save(state, path)
+    assert without_time(made_run(path, falls=0.5)) == whole
 
 
 def test_a_network_that_a_function_knows_may_have_moved_on(tmp_path):

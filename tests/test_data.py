@@ -228,6 +228,11 @@ def test_hold_out_twice():
         toy().hold_out(2).hold_out(2)
 
 
+def test_hold_out_of_one_image_a_class_needs_no_seed(tmp_path):
+    write_npz(tmp_path / "few.npz", y_train=np.arange(12))
+    assert data.load("few", tmp_path).hold_out(1).validation_labels.tolist() == [11]
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_hold_out_of_a_set_ordered_by_class_needs_a_seed(tmp_path, order):
     labels = np.repeat(order, 4)

@@ -1225,6 +1225,23 @@ def test_a_list_of_layers_becomes_binary_with_them():
         torch.testing.assert_close(binary(x), net.c(middle))
 
 
+def test_a_network_with_a_copy_of_its_own_making_becomes_binary():
+    class Copied(InOrder):
+        def __deepcopy__(self, memo):
+            copied = type(self)()
+            copied.load_state_dict(self.state_dict())
+            return copied
+
+    assert isinstance(layers.binarized(Copied()).order[1], layers.BinaryLinear)
+
+
+def test_a_moved_layer_computes_no_parametrization():
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.spectral_norm(layers.BinaryLinear(4, 4))
+    before = layer.parametrizations.weight[0]._u.clone()
+    assert torch.equal(layer.to("cpu").parametrizations.weight[0]._u, before)
+
+
 def test_a_new_memory_keeps_the_mark_of_a_latent_weight():
     with torch.device("meta"):
         layer = layers.BinaryLinear(3, 2)

@@ -832,3 +832,6 @@ def test_a_transformer_that_reads_the_weights_itself_is_not_binary():
         probes.require_binary(encoder)
     encoder.activation_relu_or_gelu = 0
     probes.require_binary(encoder)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16)  # with the batch second, torch calls them
+    encoder.linear1 = layers.BinaryLinear(8, 16, bias=True)
+    probes.require_binary(encoder)

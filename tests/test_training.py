@@ -230,7 +230,7 @@ def test_latent_weights_are_not_for_rules_that_flip():
         training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["2.bias", "3.weight"])
+@pytest.mark.parametrize("name", ["2.bias", "2.weight", "3.bias"])
 def test_real_weights_are_not_for_rules_that_flip(name):
     binary = BinaryLinear(16, 3, weight_quantizer=None)
     model = nn.Sequential(nn.Flatten(), binary, nn.BatchNorm1d(3), nn.Linear(3, 3))
@@ -251,6 +251,33 @@ def test_counters_that_no_gradient_can_reach_are_refused():
         once(3)
     assert once(3, clip_value=None).rows
     assert once(1).rows  # ±1 is all there is
+
+
+def test_the_look_at_a_counters_quantizer_changes_nothing():
+    class FirstSeen(nn.Module):
+        """Balances weights by their mean, and notes the size of the first it sees."""
+
+        size = None
+
+        def forward(self, w):
+            self.size = self.size or w.abs().max().item()
+            return binarize.ste_sign(w - w.mean(), clip_value=None)
+
+    layer = BinaryLinear(16, 3, weight_quantizer=FirstSeen())
+    model = nn.Sequential(nn.Flatten(), layer, nn.BatchNorm1d(3))
+    counters = optim.CounterSGD([layer.weight], 0.1, 8)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    training.train(model, dataset(), counters, epochs=1, batch_size=10, device="cpu")
+    assert layer.weight_quantizer.size == 3
+
+
+def test_a_counters_quantizer_without_any_gradient_is_refused():
+    layer = BinaryLinear(16, 3, weight_quantizer=binarize.sign)
+    model = nn.Sequential(nn.Flatten(), layer, nn.BatchNorm1d(3))
+    counters = optim.CounterSGD([layer.weight], 0.1, 8)
+    with pytest.raises(ValueError, match="of 1 passes no gradient to a counter of 255"):
+        training.train(model, dataset(), counters, epochs=1, batch_size=10, device="cpu")
 
 
 def test_averages_of_binary_weights_are_not_taken_for_a_binary_network():
