@@ -122,7 +122,8 @@ class Dataset:
                 )
             train, held = slice(0, total - n), slice(total - n, total)
         else:
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(total, generator=generator, device="cpu")
             train, held = order.to(labels.device).split([total - n, n])
         return replace(
             self,
@@ -515,7 +516,7 @@ def _batches(images, labels, batch_size, generator, drop_last):
             end = min(start + batch_size, stop)
             yield images[start:end], labels[start:end]
     else:
-        order = torch.randperm(n, generator=generator).to(images.device)
+        order = torch.randperm(n, generator=generator, device="cpu").to(images.device)
         for index in order[:stop].split(batch_size):
             yield images[index], labels[index]
 
@@ -815,7 +816,9 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
 
     def fit() -> tuple[Tensor, Tensor]:
         mean, covariance = _contrast_statistics(parts, scale)
-        values, vectors = torch.linalg.eigh(covariance + bias * torch.eye(len(mean)).double())
+        values, vectors = torch.linalg.eigh(
+            covariance + bias * torch.eye(len(mean)).to(covariance)
+        )
         return mean.float(), ((vectors * values.rsqrt()) @ vectors.T).float()
 
     constants = _on_each_device(*_cached(fit, parts, (scale, bias), root_folder(root)))

@@ -390,7 +390,7 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     >>> thresholds(norm, 3, (2,))
     (tensor([1, 0]), tensor([ True, False]))
     """
-    k = torch.arange(-n, n + 1)
+    k = torch.arange(-n, n + 1, device="cpu")
     maps = k.float().view(-1, *[1] * len(shape))
     with torch.no_grad():  # in blocks, because all sums of a wide layer may take a gigabyte
         parts = maps.split(max(1, 2 * BLOCK // math.prod(shape)))

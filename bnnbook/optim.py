@@ -121,7 +121,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             if not weights:
                 continue
             if group["fused"]:  # rates as tensors: each new number would recompile
-                rates = [torch.tensor(rate, dtype=torch.float64) for rate in rates]
+                rates = [torch.tensor(rate, dtype=torch.float64, device="cpu") for rate in rates]
                 _compiled(self.update)(weights, gradients, buffers, *rates)
             elif weights[0].is_cuda:
                 self.update(weights, gradients, buffers, *rates)
@@ -570,7 +570,7 @@ class RankedFlips(FlipOptimizer):
             if evidence in ("asked", "random"):
                 asked = strength > 0 if evidence == "asked" else True
                 strength = (1 - torch.rand_like(strength)) * asked
-            count = int(fraction * weight.numel() + torch.rand(()).item())
+            count = int(fraction * weight.numel() + torch.rand((), device="cpu").item())
             flip_strongest(weight, strength, count)
 
     @staticmethod

@@ -45,7 +45,8 @@ def quantizer(function: Callable, ax: Axes, *, span: float = 2.0, points: int = 
     A stochastic quantizer is shown by its draws; the backward curve is the gradient that autograd
     returns, 0 for a quantizer without one.
     """
-    x, y, gradient = _forward_and_backward(function, torch.linspace(-span, span, points))
+    grid = torch.linspace(-span, span, points, device="cpu")
+    x, y, gradient = _forward_and_backward(function, grid)
     if len(y.unique()) == 2 and (y[1:] != y[:-1]).sum() > 2:  # draws, not a step function
         ax.plot(x, y, ".", ms=2.5, color="C0", label="forward, one draw each")
     else:

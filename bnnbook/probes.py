@@ -120,7 +120,9 @@ class FlipRatio(_OfWeights):
         if not self.per_step:
             raise ValueError("the steps were not kept: FlipRatio(per_step=True) keeps them")
         flips = self.recorded[: self.length].cpu().double()
-        return flips / (torch.tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes)))
+        return flips / (
+            flips.new_tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes))
+        )
 
     def epoch(self) -> dict[str, float]:
         """Return the columns, averaged since the last call; empty without binary weights."""
@@ -368,7 +370,7 @@ class GradientSample(_Hooked):
         device = _device(list(weights.values()))
         self.indices = {}
         for name, weight in weights.items():
-            order = torch.randperm(weight.numel(), generator=generator)
+            order = torch.randperm(weight.numel(), generator=generator, device="cpu")
             # a copy: a view would keep the whole permutation in memory
             self.indices[name] = order[: self.size].clone().to(device)
         widths = [len(index) for index in self.indices.values()]

@@ -411,7 +411,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     True
     """
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 def to_channels_last(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:

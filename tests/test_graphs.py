@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tape import Tape, waits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from bnnbook import data, graphs, layers, optim, probes, training
 from bnnbook.experiments import (
@@ -25,57 +25,6 @@ from bnnbook.experiments import (
 from bnnbook.models import binaryconnect_mlp, binarynet, birealnet20, expertnet
 
 CPU = torch.device("cpu")
-
-
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
-         "aten::_unique2"}  # fmt: skip
-
-
-def waits(operation, args) -> bool:
-    """Return whether Python would have to wait for a GPU to finish this operation."""
-    name = operation._schema.name
-    masks = name.startswith("aten::index") and any(
-        isinstance(index, torch.Tensor) and index.dtype == torch.bool
-        for index in tree_leaves(args[1:2])
-    )
-    return name in WAITS or masks
-
-
-def bare(value):
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-class Tape(TorchDispatchMode):
-    """A `graphs.Graph` for a CPU: plays each operation again, on the same memory.
-
-    As a CUDA graph it runs no Python. What an operation returns goes where it went when it was
-    recorded, and every number that was not a tensor then stays what it was.
-    """
-
-    def __init__(self, function, device):
-        super().__init__()
-        self.operations = []
-        for _ in range(graphs.WARM_UP):
-            function()
-        with self:
-            self.outputs = function()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if waits(operation, args):
-            raise RuntimeError(f"{operation} is not permitted when stream is capturing")
-        result = operation(*args, **(kwargs or {}))
-        # the same memory without its history, which a graph does not keep either
-        self.operations.append((operation, *tree_map(bare, (args, kwargs or {}, result))))
-        return result
-
-    @torch.no_grad()
-    def __call__(self):
-        for operation, args, kwargs, result in self.operations:
-            again = operation(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)  # neither a view nor an operation in place
-        return self.outputs
 
 
 @pytest.fixture
@@ -261,7 +210,7 @@ class NeverWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         counters = [id(state.get("step")) for o in self.optimizers for state in o.state.values()]
-        assert not waits(operation, args) or id(args[0]) in counters, operation
+        assert not waits(operation, args, kwargs) or id(args[0]) in counters, operation
         self.operations += 1
         return operation(*args, **(kwargs or {}))
 

@@ -8,6 +8,7 @@ photographs that come with scikit-learn. What the paper does not say is taken fr
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -444,14 +445,14 @@ def photographs(size: int = 28, train: int = 1200, test: int = 600) -> data.Data
     Both are halved in size first. Patches for training and testing overlap: this set shows what a
     first layer learns and what views do, not how well anything generalises.
     """
-    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randint, size=(train + test,), device="cpu",
+                   generator=torch.Generator().manual_seed(0))  # fmt: skip
     halves = [nn.functional.avg_pool2d(photograph(name).float(), 2).round().to(torch.uint8)
               for name in ("china.jpg", "flower.jpg")]  # fmt: skip
     tiles = torch.stack([tile for half in halves for tile in half[:, :, :318].chunk(3, 2)])
-    labels = torch.randint(len(tiles), (train + test,), generator=generator)
-    tops, lefts = (torch.randint(side - size + 1, (train + test,), generator=generator)
-                   for side in tiles.shape[2:])  # fmt: skip
-    unflipped = torch.zeros(train + test, dtype=torch.bool)
+    labels = draw(len(tiles))
+    tops, lefts = (draw(side - size + 1) for side in tiles.shape[2:])
+    unflipped = torch.zeros_like(labels, dtype=torch.bool)
     images = data.crop(tiles[labels], tops, lefts, unflipped, padding=0, size=size)
     names = [f"{name}, {part}" for name in ("china", "flower")
              for part in ("left", "middle", "right")]  # fmt: skip

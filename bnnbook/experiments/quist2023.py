@@ -431,7 +431,7 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
     """Return a finished run's record: the last epoch's error, flip ratios, history."""
     flips = fitted.flips.history()
     if flips.dim() == 2:  # one column per layer: pool the layers, weighted by their sizes
-        sizes = torch.tensor(fitted.flips.sizes, dtype=flips.dtype)
+        sizes = flips.new_tensor(fitted.flips.sizes)
         flips = flips @ sizes / sizes.sum()
     beginning = encode_array(flips[:START_STEPS].float().numpy())
     return finished(
