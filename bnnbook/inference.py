@@ -370,8 +370,8 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     r"""Return what stands for the sign of a function of an integer: a threshold, a direction.
 
     function: what lies between a sum of n products and the next sign, channel by channel, such as
-    batch normalisation in evaluation mode. shape: that of one sample for it, channels first:
-    (channels,) after a linear layer, (channels, 1, 1) after a convolution.
+    batch normalisation in evaluation mode, on torch's default device. shape: that of one sample
+    for it, channels first: (channels,) after a linear layer, (channels, 1, 1) after a convolution.
 
     Returns t (int64) and ``rising`` (bool), both of shape (channels,), such that for every integer
     k from -n to n and every channel
@@ -390,7 +390,7 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     >>> thresholds(norm, 3, (2,))
     (tensor([1, 0]), tensor([ True, False]))
     """
-    k = torch.arange(-n, n + 1, device="cpu")
+    k = torch.arange(-n, n + 1)
     maps = k.float().view(-1, *[1] * len(shape))
     with torch.no_grad():  # in blocks, because all sums of a wide layer may take a gigabyte
         parts = maps.split(max(1, 2 * BLOCK // math.prod(shape)))
@@ -398,7 +398,7 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     rising = positive[-1] | ~positive[0]
     count = positive.sum(0)
     t = torch.where(rising, n + 1 - count, count - n - 1)
-    if not torch.equal(_compare(k[:, None], t, rising), positive):
+    if not torch.equal(_compare(k.to(t.device)[:, None], t, rising), positive):
         raise ValueError("the function's sign changes more than once between "
                          f"{-n} and {n}: no threshold can stand for it")  # fmt: skip
     return t, rising
