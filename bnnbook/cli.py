@@ -19,6 +19,7 @@ Data = Annotated[
     Path | None,
     typer.Option("--root", "--data", help="Folder of the data sets (default: BNNBOOK_DATA)."),
 ]
+LARGEST_SEED = 2**32 - 1  # as in NumPy; `training.epoch_order` has room for 2**43
 Results = Annotated[
     Path | None, typer.Option(help="Folder of the records (default: BNNBOOK_RESULTS).")
 ]
@@ -74,7 +75,10 @@ def list_experiments(results: Results = None) -> None:
 def run(
     experiment: Annotated[str, typer.Argument(help="A name from `bnnbook list`.")],
     variant: Annotated[list[str] | None, typer.Option(help="Repeatable (default: all).")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable (default: 0).")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Repeatable (default: 0)."),
+    ] = None,
     scale: Annotated[str, typer.Option(help="small (seconds) or full.")] = "small",
     epochs: Annotated[
         int | None, typer.Option(help="Shorten the recipe to this; the record says so.")
@@ -115,7 +119,10 @@ def record(
     only: Annotated[
         list[str] | None, typer.Option(help="An experiment or a paper; repeatable.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable (default: 0, 1, 2).")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Repeatable (default: 0, 1, 2)."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Shorten the recipes to this; the records say so.")
     ] = None,

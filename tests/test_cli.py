@@ -333,6 +333,8 @@ def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch, capsys, tmp_path
 @pytest.mark.parametrize(("arguments", "named"), [
     (["run"], "experiment"), (["run", NAME, "--seed", "one"], "--seed"), (["train"], "train"),
     (["run", NAME, "--sede", "1"], "--sede"), (["record", "--minutes", "soon"], "--minutes"),
+    (["run", NAME, "--seed", "-1"], "--seed"), (["run", NAME, "--seed", str(2**32)], "--seed"),
+    (["record", "--seed", str(2**32)], "--seed"),
 ])  # fmt: skip
 def test_a_command_that_makes_no_sense_shows_the_usage(monkeypatch, capsys, arguments, named):
     code, out, err = call(monkeypatch, capsys, *arguments)
