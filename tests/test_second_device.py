@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache, partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bnnbook import (
     inference,
     layers,
     optim,
+    plots,
     probes,
     training,
 )
@@ -165,6 +167,14 @@ def test_another_default_device_leaves_the_draws(default):
     expected = drawn()
     default(DEVICE)
     assert all(map(torch.equal, drawn(), expected))
+
+
+def test_a_quantizer_is_drawn_whatever_the_default_device(default):
+    expected = plots.quantizer(binarize.ste_sign, plt.figure().gca())
+    default(DEVICE)
+    drawn = plots.quantizer(binarize.ste_sign, plt.figure().gca())
+    for line, other in zip(expected.lines, drawn.lines, strict=True):
+        assert np.array_equal(line.get_xydata(), other.get_xydata())
 
 
 # --- Parts of the library -----------------------------------------------------------------------
