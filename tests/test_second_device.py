@@ -3,11 +3,11 @@
 from dataclasses import replace
 from functools import cache, partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import toy
+from matplotlib.figure import Figure
 from second_device import CPU, DEVICE
 from tape import Tape, waits
 from torch import nn
@@ -170,9 +170,9 @@ def test_another_default_device_leaves_the_draws(default):
 
 
 def test_a_quantizer_is_drawn_whatever_the_default_device(default):
-    expected = plots.quantizer(binarize.ste_sign, plt.figure().gca())
+    expected = plots.quantizer(binarize.ste_sign, Figure().add_subplot())
     default(DEVICE)
-    drawn = plots.quantizer(binarize.ste_sign, plt.figure().gca())
+    drawn = plots.quantizer(binarize.ste_sign, Figure().add_subplot())
     for line, other in zip(expected.lines, drawn.lines, strict=True):
         assert np.array_equal(line.get_xydata(), other.get_xydata())
 
