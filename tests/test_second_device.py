@@ -169,6 +169,40 @@ def test_another_default_device_leaves_the_draws(default):
     assert all(map(torch.equal, drawn(), expected))
 
 
+class MakesNothingElsewhere(TorchDispatchMode):
+    """Fails where a tensor is made on the second device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert (kwargs or {}).get("device") != DEVICE, operation
+        self.number += 1
+        return operation(*args, **(kwargs or {}))
+
+
+RULES = {
+    "CascadedEMA": partial(optim.CascadedEMA, alpha=0.1, gamma=0.1),
+    "Bop": partial(optim.Bop, gamma=0.1, threshold=0.01),
+    "LatentSGD": partial(optim.LatentSGD, lr=0.1, gamma=0.1),
+    "CounterSGD": partial(optim.CounterSGD, lr=0.5, bits=4),
+    "RankedFlips": partial(optim.RankedFlips, fraction=0.1),
+}
+
+
+@pytest.mark.parametrize(("name", "fused"), [*((name, False) for name in RULES), ("Bop", True)])
+def test_a_step_stays_where_its_weights_are(name, fused, default, monkeypatch):
+    monkeypatch.setattr(optim, "_compiled", lambda update: update)
+    weight = nn.Parameter(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    optimizer = RULES[name]([weight])
+    optimizer.param_groups[0]["fused"] = fused
+    default(DEVICE)
+    with MakesNothingElsewhere() as mode:
+        for _ in range(3):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    assert mode.number > 10
+
+
 def test_a_quantizer_is_drawn_whatever_the_default_device(default):
     expected = plots.quantizer(binarize.ste_sign, Figure().add_subplot())
     default(DEVICE)
