@@ -19,7 +19,7 @@ Data = Annotated[
     Path | None,
     typer.Option("--root", "--data", help="Folder of the data sets (default: BNNBOOK_DATA)."),
 ]
-LARGEST_SEED = 2**32 - 1  # as in NumPy; `training.epoch_order` has room for 2**43
+LARGEST_SEED = 2**32 - 1  # NumPy's; torch takes more
 Results = Annotated[
     Path | None, typer.Option(help="Folder of the records (default: BNNBOOK_RESULTS).")
 ]

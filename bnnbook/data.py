@@ -817,7 +817,7 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
     def fit() -> tuple[Tensor, Tensor]:
         mean, covariance = _contrast_statistics(parts, scale)
         values, vectors = torch.linalg.eigh(
-            covariance + bias * torch.eye(len(mean)).to(covariance)
+            covariance + bias * torch.eye(len(mean), dtype=torch.float64, device="cpu")
         )
         return mean.float(), ((vectors * values.rsqrt()) @ vectors.T).float()
 

@@ -226,7 +226,8 @@ def _is_sign(quantizer: Callable | None, weight: Tensor) -> bool:
     ends = torch.finfo(weight.dtype)
     extremes = weight.new_tensor([0.0, -0.0, ends.tiny, -ends.tiny, ends.max, ends.min])
     # the many numbers in between are for quantizers that draw
-    grid = torch.cat([extremes, torch.linspace(-2, 3, 4096).to(weight)]).expand(2, -1)
+    between = torch.linspace(-2, 3, 4096, device="cpu").to(weight)
+    grid = torch.cat([extremes, between]).expand(2, -1)
     with _undrawn(weight):
         try:
             return quantizer(grid).equal(sign(grid))
@@ -366,12 +367,13 @@ def _expert(layer: ExpertBinaryConv2d, number: int) -> BinaryConv2d:
 # --- Normalisation and sign --------------------------------------------------------------------
 
 
-def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
+def thresholds(function: Callable, n: int, shape, device=None) -> tuple[Tensor, Tensor]:
     r"""Return what stands for the sign of a function of an integer: a threshold, a direction.
 
     function: what lies between a sum of n products and the next sign, channel by channel, such as
-    batch normalisation in evaluation mode, on torch's default device. shape: that of one sample
-    for it, channels first: (channels,) after a linear layer, (channels, 1, 1) after a convolution.
+    batch normalisation in evaluation mode. shape: that of one sample for it, channels first:
+    (channels,) after a linear layer, (channels, 1, 1) after a convolution. device: the function's;
+    torch's default device if not given.
 
     Returns t (int64) and ``rising`` (bool), both of shape (channels,), such that for every integer
     k from -n to n and every channel
@@ -390,7 +392,7 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     >>> thresholds(norm, 3, (2,))
     (tensor([1, 0]), tensor([ True, False]))
     """
-    k = torch.arange(-n, n + 1)
+    k = torch.arange(-n, n + 1, device=device)
     maps = k.float().view(-1, *[1] * len(shape))
     with torch.no_grad():  # in blocks, because all sums of a wide layer may take a gigabyte
         parts = maps.split(max(1, 2 * BLOCK // math.prod(shape)))
@@ -398,7 +400,7 @@ def thresholds(function: Callable, n: int, shape) -> tuple[Tensor, Tensor]:
     rising = positive[-1] | ~positive[0]
     count = positive.sum(0)
     t = torch.where(rising, n + 1 - count, count - n - 1)
-    if not torch.equal(_compare(k.to(t.device)[:, None], t, rising), positive):
+    if not torch.equal(_compare(k[:, None], t, rising), positive):
         raise ValueError("the function's sign changes more than once between "
                          f"{-n} and {n}: no threshold can stand for it")  # fmt: skip
     return t, rising
@@ -545,10 +547,10 @@ def _threshold(layer: Packed, norm: nn.Module) -> Threshold:
     mean = norm.running_mean
 
     def function(k):
-        y = layer.real(k.to(mean).movedim(1, -1), mean.dtype)
-        return norm(y.movedim(-1, 1)).cpu()
+        y = layer.real(k.to(mean.dtype).movedim(1, -1), mean.dtype)
+        return norm(y.movedim(-1, 1))
 
-    return Threshold(*thresholds(function, layer.n, shape)).to(mean.device)
+    return Threshold(*thresholds(function, layer.n, shape, mean.device))
 
 
 def real_layers(model: nn.Module) -> dict[str, int]:

@@ -120,9 +120,8 @@ class FlipRatio(_OfWeights):
         if not self.per_step:
             raise ValueError("the steps were not kept: FlipRatio(per_step=True) keeps them")
         flips = self.recorded[: self.length].cpu().double()
-        return flips / (
-            flips.new_tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes))
-        )
+        weights = flips.new_tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes))
+        return flips / weights
 
     def epoch(self) -> dict[str, float]:
         """Return the columns, averaged since the last call; empty without binary weights."""

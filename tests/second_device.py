@@ -1,19 +1,16 @@
 """A second device made of the CPU: what is on it must not meet what is on the CPU, as on a GPU.
 
-What it computes, it computes on the CPU, so its numbers are those of the CPU bit for bit.
+What it computes, it computes on the CPU, so its numbers are those of the CPU bit for bit. It has
+no random numbers and no streams of its own, and it never lags behind Python.
 """
 
-import pytest
 import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-    pytest.skip("this torch knows no devices written in Python", allow_module_level=True)
-
 NAME = "second"
 aten = torch.ops.aten
-# As on a GPU, these take tensors of the CPU as well.
+# As on a GPU, the first take tensors of the CPU, too, and the second take indices from there.
 MOVES = {aten.copy_.default, aten._to_copy.default}
 INDEXES = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace",
@@ -97,8 +94,9 @@ def _check_devices(operation, args, kwargs) -> None:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    strangers = [x for x in tensors if not isinstance(x, Second) and x.dim()]
-    if strangers and operation not in MOVES | INDEXES:
+    met = [args[0], *args[2:]] if operation in INDEXES else tensors
+    strangers = [x for x in met if not isinstance(x, Second) and getattr(x, "ndim", 0)]
+    if strangers and operation not in MOVES:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices in "
             f"{operation}: {[(str(x.device), *x.shape) for x in tensors]}"

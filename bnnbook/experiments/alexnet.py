@@ -8,7 +8,6 @@ photographs that come with scikit-learn. What the paper does not say is taken fr
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -445,8 +444,11 @@ def photographs(size: int = 28, train: int = 1200, test: int = 600) -> data.Data
     Both are halved in size first. Patches for training and testing overlap: this set shows what a
     first layer learns and what views do, not how well anything generalises.
     """
-    draw = partial(torch.randint, size=(train + test,), device="cpu",
-                   generator=torch.Generator().manual_seed(0))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(end):
+        return torch.randint(end, (train + test,), generator=generator, device="cpu")
+
     halves = [nn.functional.avg_pool2d(photograph(name).float(), 2).round().to(torch.uint8)
               for name in ("china.jpg", "flower.jpg")]  # fmt: skip
     tiles = torch.stack([tile for half in halves for tile in half[:, :, :318].chunk(3, 2)])

@@ -36,9 +36,10 @@ def recipe_at(paper: str, experiment: str, variant: str, scale: str, variants: M
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators within a with block, and restore their states after it.
 
-    A network constructed within, on the CPU, starts the same on every device.
+    A network constructed within is on the CPU, whatever torch's default device, so that it starts
+    the same on every device.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device("cpu"):
         torch.manual_seed(seed)
         yield
 

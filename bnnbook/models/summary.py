@@ -113,7 +113,9 @@ def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict
     weights = module.weight.numel() if binary and any(p is module.weight for p in own) else 0
     weight_bits = input_bits = REAL_BITS
     if binary:
-        weight_grid = linspace(-2, 2, 4096).expand(2, -1)  # (out, in), as weights are
+        weight_grid = linspace(-2, 2, 4096, device="cpu").expand(
+            2, -1
+        )  # (out, in), as weights are
         weight_bits = _bits(module.weight_quantizer, 1, weight_grid, channels=0)
         inputs = _input_grid(module)
         input_bits = _bits(module.input_quantizer, REAL_BITS, inputs, channels=1)
@@ -143,7 +145,7 @@ def _input_grid(layer: BinaryLayer) -> Tensor:
 
     Their shape is (1, C, H, W) for a convolution of two dimensions, else (N, features).
     """
-    grid = linspace(-2, 2, 4096)
+    grid = linspace(-2, 2, 4096, device="cpu")
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return grid.view(-1, 1).expand(-1, layer.in_features)
     dimensions = len(layer.kernel_size)
