@@ -332,11 +332,22 @@ def test_thresholds_of_a_function_on_a_device(default):
     assert [x.tolist() for x in inference.thresholds(norm, 9, (5,))] == expected
 
 
+class Learned(nn.Module):
+    """A quantizer with a parameter, which moves with its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x):
+        return binarize.ste_sign(x - self.threshold)
+
+
 def test_what_looks_at_a_network_looks_on_its_device():
     dataset = toy.dataset()
     torch.manual_seed(0)
     model = nn.Sequential(layers.BinaryConv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
-                          layers.BinaryLinear(16, 3))  # fmt: skip
+                          layers.BinaryLinear(16, 3, weight_quantizer=Learned()))  # fmt: skip
 
     def seen():
         training.reestimate_batchnorm(model, dataset.train_images, batch_size=10)

@@ -113,9 +113,7 @@ def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict
     weights = module.weight.numel() if binary and any(p is module.weight for p in own) else 0
     weight_bits = input_bits = REAL_BITS
     if binary:
-        weight_grid = linspace(-2, 2, 4096, device="cpu").expand(
-            2, -1
-        )  # (out, in), as weights are
+        weight_grid = _grid(module).expand(2, -1)  # (out, in), as weights are
         weight_bits = _bits(module.weight_quantizer, 1, weight_grid, channels=0)
         inputs = _input_grid(module)
         input_bits = _bits(module.input_quantizer, REAL_BITS, inputs, channels=1)
@@ -140,12 +138,18 @@ def _products(module: nn.Module) -> int:
     return 0
 
 
+def _grid(layer: BinaryLayer) -> Tensor:
+    """Return numbers from -2 to 2, on the layer's device, where its quantizers may have theirs."""
+    device = layer.weight.device
+    return linspace(-2, 2, 4096, device="cpu" if device.type == "meta" else device)
+
+
 def _input_grid(layer: BinaryLayer) -> Tensor:
     """Return numbers from -2 to 2 in each channel; an input quantizer may have one scale for each.
 
     Their shape is (1, C, H, W) for a convolution of two dimensions, else (N, features).
     """
-    grid = linspace(-2, 2, 4096, device="cpu")
+    grid = _grid(layer)
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return grid.view(-1, 1).expand(-1, layer.in_features)
     dimensions = len(layer.kernel_size)
@@ -162,7 +166,7 @@ def _bits(quantizer, unquantized: int, grid: Tensor, channels: int) -> int:
         return unquantized
     if getattr(quantizer, "func", quantizer) is stochastic_sign:
         return 1  # known, without drawing from its generator
-    with no_grad(), random.fork_rng(devices=[]):
+    with no_grad(), random.fork_rng([grid.device] if grid.is_cuda else []):
         quantized = quantizer(grid)
     levels = len(quantized.select(channels, 0).unique())
     return max(1, math.ceil(math.log2(levels))) if levels <= MOST_LEVELS else REAL_BITS
