@@ -5,6 +5,7 @@ no random numbers and no streams of its own, and it never lags behind Python.
 """
 
 import torch
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -87,7 +88,7 @@ def compute(operation, args, kwargs):
     if operation is aten.copy_.default and not isinstance(args[0], Second):
         return args[0]
     known = {id(x.held): x for x in tree_leaves((args, kwargs)) if isinstance(x, Second)}
-    return tree_map(lambda x: _on_device(operation, x, known), result)
+    return tree_map(lambda x: _on_device(x, known), result)
 
 
 def _check_devices(operation, args, kwargs) -> None:
@@ -103,7 +104,7 @@ def _check_devices(operation, args, kwargs) -> None:
         )
 
 
-def _on_device(operation, value, known):
+def _on_device(value, known):
     if not isinstance(value, torch.Tensor):
         return value
     if id(value) not in known:
@@ -142,11 +143,11 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
-library = torch.library.Library("aten", "IMPL", "PrivateUse1")
-library.impl("empty.memory_format", _empty)
-library.impl("empty_strided", _empty_strided)
-library.impl("_copy_from", _copy_from)
+operations = library.Library("aten", "IMPL", "PrivateUse1")
+operations.impl("empty.memory_format", _empty)
+operations.impl("empty_strided", _empty_strided)
+operations.impl("_copy_from", _copy_from)
 for name in FACTORIES:
-    library.impl(name, _factory(name))
-autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-autocast.fallback(torch.library.fallthrough_kernel)
+    operations.impl(name, _factory(name))
+autocast = library.Library("_", "IMPL", "AutocastPrivateUse1")
+autocast.fallback(library.fallthrough_kernel)
