@@ -1,5 +1,6 @@
 """A training run in a file: written atomically, read without running code, tied to its run."""
 
+import copy
 import inspect
 import io
 import os
@@ -33,7 +34,7 @@ def write(state: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        torch.save({"format": FORMAT, **state}, part)
+        torch.save({"format": FORMAT, **_as_python(state)}, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -82,31 +83,53 @@ def compare(path: Path, here: Mapping, there: Mapping) -> None:
             )
 
 
-def check_probes(probes: Iterable) -> None:
-    """Raise ValueError for a probe whose state a checkpoint cannot hold.
+def check_parts(parts: Iterable) -> None:
+    """Raise ValueError for a model, optimizer, scheduler or probe that a checkpoint cannot hold.
 
     `bnnbook.training.train` asks before the first step, not at the first checkpoint.
     """
-    for probe in probes:
-        lacking = [m for m in ("state_dict", "load_state_dict") if not hasattr(probe, m)]
+    for part in parts:
+        lacking = [m for m in ("state_dict", "load_state_dict") if not hasattr(part, m)]
         if lacking:
-            raise ValueError(f"with a checkpoint {type(probe).__name__} needs a {lacking[0]}")
+            raise ValueError(f"with a checkpoint {type(part).__name__} needs a {lacking[0]}")
         file = io.BytesIO()
         try:
-            torch.save(probe.state_dict(), file)
+            torch.save(_as_python(part.state_dict(), with_tensors=False), file)
             file.seek(0)
             torch.load(file, weights_only=True)
         except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{type(probe).__name__}.state_dict() holds more than tensors, numbers, strings "
+                f"{type(part).__name__}.state_dict() holds more than tensors, numbers, strings "
                 f"and collections of them, which is all that a checkpoint can hold ({error})"
             ) from error
+
+
+def _as_python(value, with_tensors: bool = True):
+    """Return a state with Python's numbers for NumPy's, which `read` would refuse as code.
+
+    Collections are copied, of the same class and with their attributes. Without ``with_tensors``
+    there is None for each tensor, since tensors can always be held.
+    """
+    convert = partial(_as_python, with_tensors=with_tensors)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor) and not with_tensors:
+        return None
+    if type(value) in (list, tuple):
+        return type(value)(map(convert, value))
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.clear()
+        for key, held in value.items():
+            copied[convert(key)] = convert(held)
+        return copied
+    return value
 
 
 # --- What a run is set to ----------------------------------------------------------------------
 
 
-def settings(model: nn.Module, functions: Mapping[str, Callable | None],
+def settings(model: nn.Module, functions: Mapping[str, Callable | None], left: bool = False,
              **stepped: Iterable) -> dict[str, object]:  # fmt: skip
     """Return a run's settings by name, as strings, numbers and collections of them.
 
@@ -114,24 +137,26 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
     function is compared by its name and by the values that it was made with, not by its code.
 
     functions: the functions that the run was given, by argument name, such as ``loss``.
+    left: the run is over, so what it has changed is not taken for another setting from now on.
     stepped: the run's ``optimizers`` and ``schedulers``, by these names.
     """
+    at_first = partial(_at_first, left=left)
     parameters = model.named_parameters()
     frozen = [name for name, parameter in parameters if not parameter.requires_grad]
     found: dict[str, object] = {"list of frozen parameters": frozen}
     for name, layer in model.named_modules():
-        for key, value in _at_first(layer, _made_with).items():
+        for key, value in at_first(layer, _made_with).items():
             found[f"{key} of {name or 'the network'}"] = value
         for kind in ("weight_quantizer", "input_quantizer"):  # which may be replaced between runs
             if (quantizer := getattr(layer, kind, None)) is not None:
-                found[f"{kind} of {name or 'the network'}"] = _at_first(quantizer, _in_words)
+                found[f"{kind} of {name or 'the network'}"] = at_first(quantizer, _in_words)
     for name, function in functions.items():
         holder = function.__self__ if inspect.ismethod(function) else function
         describe = _module_in_words if isinstance(holder, nn.Module) else _in_words
-        found[f"setting of {name}"] = _at_first(holder, describe)
+        found[f"setting of {name}"] = at_first(holder, describe)
     for kind, parts in stepped.items():
         for number, part in enumerate(parts):
-            for key, value in _at_first(part, _numbers).items():
+            for key, value in at_first(part, _numbers).items():
                 found[f"{key} of {type(part).__name__} ({number} of the {kind})"] = value
     return found
 
@@ -246,14 +271,23 @@ def _numbers(part) -> dict[str, object]:
     return found | {key: words for key, words in more.items() if words}
 
 
+# For each thing and each way to describe it: its description as a run found it, and left it.
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _at_first(thing, describe: Callable):
-    """Return describe(thing) as of the first call for it, because rates and counters change."""
+def _at_first(thing, describe: Callable, left: bool = False):
+    """Return describe(thing) as a first run found it, because rates and counters change in a run.
+
+    What has changed since a run left it, somebody has set: that is described as it is now.
+    ``left``: a run leaves the thing.
+    """
+    now = describe(thing)
     try:
-        if thing not in _seen:
-            _seen[thing] = describe(thing)
-        return _seen[thing]
+        seen = _seen.setdefault(thing, {})
     except TypeError:  # it cannot be remembered without being kept alive
-        return describe(thing)
+        return now
+    first, last = seen.get(describe, (now, now))
+    if not left and now != last:
+        first = now
+    seen[describe] = first, now
+    return first

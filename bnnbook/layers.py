@@ -124,8 +124,15 @@ def _name(quantizer: Quantizer) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     options = getattr(quantizer, "keywords", {})
     return name + (
-        "(" + ", ".join(f"{k}={v}" for k, v in options.items()) + ")" if options else ""
+        "(" + ", ".join(f"{k}={_shown(v)}" for k, v in options.items()) + ")" if options else ""
     )
+
+
+def _shown(option) -> str:
+    """Return an option as text that is the same in every process: without a place in memory."""
+    if callable(option) or isinstance(option, torch.Generator):
+        return getattr(option, "__name__", type(option).__name__)
+    return str(option)
 
 
 class BinaryLinear(BinaryLayer, nn.Linear):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import signal
@@ -146,8 +147,9 @@ def predict(model: nn.Module, images: Tensor, *, preprocess: Callable = unit_ran
     """
     _check_uint8(images, preprocess)
     device = _device_of(model)
-    with _evaluation_mode(model):
-        batches = (preprocess(part.to(device)) for part in images.split(batch_size))
+    with _evaluation_mode(model), _autocast(device, enabled=False):
+        # copies, because a preprocess may work in place
+        batches = (preprocess(part.to(device, copy=True)) for part in images.split(batch_size))
         return torch.cat([model(batch).float() for batch in batches])
 
 
@@ -186,17 +188,22 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
 
 def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the number of rows whose largest output is that of the label."""
-    if outputs.dim() != 2 or outputs.shape[1] < 2:
-        raise ValueError(
-            f"a network has one output per class, of shape (N, classes) with two classes or more; "
-            f"this one's are {tuple(outputs.shape)}"
-        )
+    _check_outputs(outputs, 2)
     if labels.shape != outputs.shape[:1]:  # the comparison below would broadcast
         raise ValueError(
             f"labels are one number per row, of shape ({len(outputs)},) for outputs of shape "
             f"{tuple(outputs.shape)}; these are {tuple(labels.shape)}"
         )
     return (outputs.argmax(1) == labels).sum()
+
+
+def _check_outputs(outputs: Tensor, classes: int) -> None:
+    """Raise ValueError for outputs of another shape than (N, classes), or of too few classes."""
+    if outputs.dim() != 2 or outputs.shape[1] < max(classes, 2):
+        raise ValueError(
+            "a network has one output per class, of shape (N, classes) with "
+            f"{max(classes, 2)} classes or more here; this one's are {tuple(outputs.shape)}"
+        )
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, **options) -> float:
@@ -214,7 +221,7 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
 
     Running statistics belong to the weights under which they were collected. A network that is run
     with other weights (real ones after stochastic training, say) needs new ones. In this pass only
-    the batch norms are in training mode, so dropout stays off.
+    the batch norms are in training mode, so dropout stays off. Autocast is off, too.
 
     images, preprocess, batch_size: as in `predict`. Raises ValueError, before any statistics are
     lost, if there are no images, or for floating-point ones as `predict` does.
@@ -222,10 +229,10 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     _check_uint8(images, preprocess)
     if not len(images) or batch_size < 1:
         raise ValueError(f"{len(images)} images in batches of {batch_size} give no statistics")
-    device = next(model.parameters()).device
+    device = _device_of(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    with _evaluation_mode(model):
+    with _evaluation_mode(model), _autocast(device, enabled=False):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # which makes torch average over all batches
@@ -233,7 +240,7 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
         try:
             # parts of equal size (but for one image), because each counts the same
             for part in images.tensor_split(-(-len(images) // batch_size)):
-                model(preprocess(part.to(device)))
+                model(preprocess(part.to(device, copy=True)))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -287,10 +294,12 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     for steps too small to keep a GPU busy. The results are the same, but ``augment``,
     ``preprocess``, ``loss`` and the model must consist of tensor operations on the device: a
     random number that Python draws for each batch would be drawn only once (such a graph is
-    refused, because its first replay is compared with an ordinary step). There is no graph on a
-    CPU, in float16, for steps that a probe looks into, for a model with hooks other than such a
-    probe's, if at the start an earlier output of the model is still kept with its autograd graph
-    (a warning says so), and where the environment has BNNBOOK_GRAPHS=0.
+    refused, because its first replay is compared with an ordinary step). Nor may a probe or a hook
+    later replace a tensor or a quantizer, freeze a layer, or set a number of a module; once an
+    epoch this is looked up, and refused. There is no graph on a CPU, in float16, for steps that a
+    probe looks into, for a model with hooks other than such a probe's, if at the start an earlier
+    output of the model is still kept with its autograd graph (a warning says so), and where the
+    environment has BNNBOOK_GRAPHS=0.
     checkpoint: a file. If it exists, the run continues from it and gives exactly the same numbers,
     provided that all randomness comes from torch's global generators and that, on CUDA, no
     layer's backward pass adds in varying order, as that of overlapping max-pooling does. The file
@@ -315,8 +324,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
                seed=seed, device=device, autocast=autocast, compile=compile, graph=graph,
                checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
     with (
-        _reproducible(run.device, seed), _stop_signals(run), _hooks_off_after(run.probes),
-        _bar(run, progress) as bar,
+        _reproducible(run.device, run.seed), _stop_signals(run), _hooks_off_after(run.probes),
+        _settings_left(run), _bar(run, progress) as bar,
     ):  # fmt: skip
         run.start_probes()
         run.resume()
@@ -339,6 +348,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
 def train_epoch(run: "_Run") -> None:
     """Run the remaining steps of the run's current epoch."""
     run.model.train()
+    run.check_replay()
     order = epoch_order(len(run.labels), run.seed, run.epoch).to(run.device)
     while run.step < run.steps:
         train_step(run, order[run.step * run.batch_size : (run.step + 1) * run.batch_size])
@@ -350,9 +360,11 @@ def train_step(run: "_Run", index: Tensor) -> None:
     """Take one step on the training images at ``index``; loss and hits stay on the device."""
     value, hits = run.gradients(index)
     for optimizer in run.optimizers:
-        run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        has_gradients = any(p.grad is not None for p in _parameters_of(optimizer))
+        # the scaler would refuse an optimizer of frozen layers
+        run.scaler.step(optimizer) if has_gradients else optimizer.step()
     run.scaler.update()
+    run.clear_gradients()
     for probe in run.probes:
         probe.step()
     run.losses[run.step] = value
@@ -364,17 +376,17 @@ class _GraphedGradients:
 
     def __init__(self, run: "_Run"):
         self.index = torch.arange(run.batch_size, device=run.device)
-        held = (p for o in run.optimizers for group in o.param_groups for p in group["params"])
-        self.parameters = list(dict.fromkeys((*run.model.parameters(), *held)))  # a loss's, too
+        self.parameters = run.parameters
+        self.fixed = _fixed_in_a_graph(run)
         with _undone(run):
             self.graph = graphs.Graph(partial(self.step, run, self.index), run.device)
         self.grads = [parameter.grad for parameter in self.parameters]
         self.check(run)
+        self.check_fixed(run)
 
     def step(self, run: "_Run", index: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients into new tensors; the graph keeps those of its recording."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        run.clear_gradients()
         return run.passes(index)
 
     def check(self, run: "_Run") -> None:
@@ -393,8 +405,17 @@ class _GraphedGradients:
                 "preprocess, the loss or the model uses a number that Python draws or counts, "
                 "train with graph=False"
             )
-        for parameter in self.parameters:
-            parameter.grad = None
+        run.clear_gradients()
+
+    def check_fixed(self, run: "_Run") -> None:
+        """Raise GraphError if something has changed that a replay takes as it was recorded."""
+        now = _fixed_in_a_graph(run)
+        changed = [name for name in {**self.fixed, **now} if self.fixed.get(name) != now.get(name)]
+        if changed:
+            raise graphs.GraphError(
+                f"{changed[0]} has changed since the step was recorded as a CUDA graph, and a "
+                "replay would not know: train with graph=False, or change tensors in place"
+            )
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
         self.index.copy_(index)
@@ -430,19 +451,57 @@ def to_channels_last(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
                     state[name] = value.contiguous(memory_format=torch.channels_last)
 
 
+def _fixed_in_a_graph(run: "_Run") -> dict[str, object]:
+    """Return, by name, what a replay takes as recorded: where tensors are, and plain numbers."""
+    found: dict[str, object] = {}
+    for part in (run.model, run.loss):
+        if not isinstance(part, nn.Module):
+            continue
+        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+            found[name] = tensor.data_ptr(), tensor.requires_grad
+        for name, module in part.named_modules():
+            for key, value in vars(module).items():
+                if type(value) in (bool, int, float, str):
+                    found[f"{key} of {name or type(part).__name__}"] = value
+                elif key in ("weight_quantizer", "input_quantizer"):
+                    found[f"{key} of {name or type(part).__name__}"] = id(value)
+    return found
+
+
+def _parameters_of(part) -> Iterable[Tensor]:
+    """Return the parameters that a module or an optimizer holds."""
+    if isinstance(part, nn.Module):
+        return part.parameters()
+    return (p for group in part.param_groups for p in group["params"])
+
+
+def _sums(data: Dataset) -> dict[str, object]:
+    """Return the sums of the data's images, by name, if they are whole numbers.
+
+    The set's hash does not tell that images were replaced.
+    """
+    sets = {name: getattr(data, f"{name}_images") for name in ("train", "validation", "test")}
+    whole = {k: v for k, v in sets.items() if v is not None and not v.is_floating_point()}
+    # in parts, since torch makes a copy in int64
+    return {f"sum of the {name} images": sum(part.sum().item() for part in images.split(5000))
+            for name, images in whole.items()}  # fmt: skip
+
+
 class _Run:
     """The state of a training run, and how it is written to a checkpoint and read back."""
 
     def __init__(self, model, data, optimizers, *, epochs, batch_size, checkpoint, minutes, device,
                  seed, compile, **settings):  # fmt: skip
         self.optimizers = _as_tuple(optimizers)
-        _validate(data, self.optimizers, epochs, settings["every"], batch_size, model, device)
+        _validate(
+            data, self.optimizers, epochs, settings["every"], batch_size, seed, model, device
+        )
         _check_held(self.optimizers, model, settings["loss"])
         _check_not_latent(self.optimizers, model)
         _check_counters(self.optimizers, model)
         _check_steps((*self.optimizers, *settings["schedulers"]))
         self.__dict__.update(settings)
-        self.model, self.data, self.device, self.seed = model, data.to(device), device, seed
+        self.model, self.data, self.device, self.seed = model, data.to(device), device, int(seed)
         self.epochs, self.batch_size = epochs, batch_size
         self.checkpoint, self.minutes, self.signal = checkpoint, minutes, None
         self.labels = self.data.train_labels
@@ -456,13 +515,16 @@ class _Run:
         )
         self.losses = torch.zeros(self.steps, device=device)
         self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.classes = int(self.labels.max()) + 1
         self.epoch = self.step = 0
         self.rows: list[dict] = []
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)  # left behind by an earlier loop
+        owners = (part for part in (model, self.loss) if isinstance(part, nn.Module))
+        held = [p for part in (*owners, *self.optimizers) for p in _parameters_of(part)]
+        self.parameters = list(dict.fromkeys(held))
+        self.clear_gradients()  # left behind by an earlier loop
         self.started = self.saved = time.monotonic()
         self.replay, self.lookers = None, []
-        self.settings = self.current_settings() if checkpoint else {}
+        self.settings = self.current_settings() | _sums(self.data) if checkpoint else {}
 
     def start_probes(self) -> None:
         """Let the probes begin to look at the model."""
@@ -470,7 +532,8 @@ class _Run:
             probe.start(self.model)
         self.lookers = [p for p in self.probes if hasattr(p, "looking")]
         if self.checkpoint:
-            checkpoints.check_probes(self.probes)
+            for parts in self.parts().values():
+                checkpoints.check_parts(parts)
 
     def record_graph(self) -> None:
         """Record the passes as a CUDA graph, if that is asked for and possible."""
@@ -496,10 +559,13 @@ class _Run:
     def passes(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Run the forward and backward pass on the images at ``index``; return loss and hits."""
         images, targets = self.batch(index), self.labels[index]
+        torch.clear_autocast_cache()  # within a caller's own autocast, it has the last step's
         with _autocast(self.device, self.autocast):
             outputs = self.forward(images)
-        value = self.loss(outputs.float(), targets)
-        self.scaler.scale(value).backward()
+        _check_outputs(outputs, self.classes)  # on CUDA the loss would end the whole process
+        with _autocast(self.device, enabled=False):
+            value = self.loss(outputs.float(), targets)
+            self.scaler.scale(value).backward()
         return value.detach(), _hits(outputs, targets)
 
     def batch(self, index: Tensor) -> Tensor:
@@ -509,6 +575,11 @@ class _Run:
         if self.channels_last:
             return images.contiguous(memory_format=torch.channels_last)
         return images
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, also of parameters that no optimizer holds."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def after_step(self) -> None:
         """Check the losses from time to time, and save or stop when that is due."""
@@ -534,8 +605,14 @@ class _Run:
             self.check_losses()
             self.save_if_possible()
 
+    def check_replay(self) -> None:
+        """Raise GraphError if a replay does not know what the run's step is by now."""
+        if self.replay is not None:
+            self.replay.check_fixed(self)
+
     def check_losses(self) -> None:
-        """Raise NonFiniteLossError if a loss of this epoch is not finite."""
+        """Raise NonFiniteLossError if a loss of this epoch is not finite; see `check_replay`."""
+        self.check_replay()
         bad = (~self.losses[: self.step].isfinite()).nonzero()
         if len(bad):
             step = bad[0].item()
@@ -554,7 +631,7 @@ class _Run:
             "train_loss": self.losses.mean().item(),
             "train_accuracy": self.hits.item() / (self.steps * self.batch_size),
             **(self.accuracies() if self.is_evaluated() else {}),
-            "lr": self.optimizers[0].param_groups[-1]["lr"],
+            "lr": float(self.optimizers[0].param_groups[-1]["lr"]),  # a tensor's changes in place
         }
         for probe in self.probes:
             _add_columns(row, probe)
@@ -618,10 +695,13 @@ class _Run:
             "device type": self.device.type,
         }
 
-    def current_settings(self) -> dict[str, object]:
-        """Return the settings of the functions, optimizers and schedulers, by name."""
+    def current_settings(self, left: bool = False) -> dict[str, object]:
+        """Return the settings of the functions, optimizers and schedulers, by name.
+
+        ``left``: the run is over; see `checkpoints.settings`.
+        """
         functions = {name: getattr(self, name) for name in FUNCTIONS}
-        return checkpoints.settings(self.model, functions, optimizers=self.optimizers,
+        return checkpoints.settings(self.model, functions, left, optimizers=self.optimizers,
                                     schedulers=self.schedulers)  # fmt: skip
 
     def parts(self) -> dict[str, list]:
@@ -759,9 +839,9 @@ def _check_types(data, **counts) -> None:
             raise TypeError(f"{name} must be a whole number, not {number!r}")
 
 
-def _validate(data, optimizers, epochs, every, batch_size, model, device) -> None:
+def _validate(data, optimizers, epochs, every, batch_size, seed, model, device) -> None:
     """Raise an error for data, numbers, optimizers or a device that `train` cannot use."""
-    _check_types(data, epochs=epochs, evaluate_every=every, batch_size=batch_size)
+    _check_types(data, epochs=epochs, evaluate_every=every, batch_size=batch_size, seed=seed)
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, not {epochs}")
     if every < 1:
@@ -839,17 +919,25 @@ def _passes_gradient(quantizer: Callable, weight: Tensor, bound: int) -> bool:
 
 
 def _check_held(optimizers, model, loss) -> None:
-    """Raise an error for what is no optimizer, or holds no parameter of the model or the loss."""
+    """Raise an error for what is no optimizer, or holds no or shared parameters."""
     modules = [part for part in (model, loss) if isinstance(part, nn.Module)]
     ours = {id(parameter) for module in modules for parameter in module.parameters()}
+    taken: set[int] = set()
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"{optimizer!r} is no optimizer of torch, nor like one")
-        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+        if not any(id(p) in ours for p in _parameters_of(optimizer)):
             raise ValueError(
                 f"{type(optimizer).__name__} holds no parameter of this model: was it made for "
                 "another, or before a layer was replaced?"
             )
+        held = {id(parameter) for parameter in _parameters_of(optimizer)}
+        if held & taken:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {len(held & taken)} parameters that an "
+                "optimizer before it holds, too: give each parameter to one of them"
+            )
+        taken |= held
 
 
 @contextlib.contextmanager
@@ -858,7 +946,7 @@ def _reproducible(device: torch.device, seed: int):
     cudnn = torch.backends.cudnn  # whose flags() would also set allow_tf32
     before = cudnn.benchmark, cudnn.deterministic
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        seed_generators(seed, device)
         cudnn.benchmark, cudnn.deterministic = False, True
         try:
             yield
@@ -866,8 +954,18 @@ def _reproducible(device: torch.device, seed: int):
             cudnn.benchmark, cudnn.deterministic = before
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators of the CPU and of the device, and of no other device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Return the device of a model's parameters, or, as in a packed network, of its buffers."""
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
 
 
 @contextlib.contextmanager
@@ -915,7 +1013,8 @@ def _stop_signals(run: _Run):
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not installed from Python
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -926,6 +1025,16 @@ def _hooks_off_after(probes: Sequence):
     finally:
         for probe in probes:
             getattr(probe, "stop", lambda: None)()
+
+
+@contextlib.contextmanager
+def _settings_left(run: _Run):
+    """At the end, even after an error, keep in mind how the run has left its settings."""
+    try:
+        yield
+    finally:
+        if run.checkpoint:
+            run.current_settings(left=True)
 
 
 def _bar(run: _Run, progress: bool | None) -> tqdm:

@@ -1,5 +1,6 @@
 """A run in a file: whole or named as damaged, and continued by no other run."""
 
+import dataclasses
 import os
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import MultiStepLR
 from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
 
-from bnnbook import checkpoints, data, optim, training
+from bnnbook import checkpoints, data, optim, probes, training
 from bnnbook.binarize import sign, ste_sign
 from bnnbook.checkpoints import CheckpointError
 from bnnbook.layers import BinaryLinear
@@ -368,6 +370,112 @@ def test_a_probe_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tm
         run(1, (model, *rest), probes=[Counting(state)], checkpoint=tmp_path / "run.pt")
     assert all(map(torch.equal, before, model.parameters()))
     assert len(run(1, probes=[Counting(state)])[1].rows) == 1  # without one it has no need to
+
+
+def numpy_rate():
+    model, _, _ = setting()
+    return model, torch.optim.Adam(model.parameters(), lr=np.logspace(-3, -1, 5)[2]), ()
+
+
+def numpy_cosine():
+    model, optimizer, _ = setting()
+    factor = lambda epoch: 0.5 * (1 + np.cos(np.pi * epoch / 5))  # noqa: E731
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def numpy_milestones():
+    model, optimizer, _ = setting()
+    return model, optimizer, MultiStepLR(optimizer, np.arange(1, 3))
+
+
+@pytest.mark.parametrize("make", [numpy_rate, numpy_cosine, numpy_milestones])
+def test_numbers_of_numpy_are_held_by_a_checkpoint(tmp_path, make):
+    def fit(path, *more):
+        model, optimizer, scheduler = make()
+        return model, training.train(model, dataset(), optimizer, epochs=np.int64(3),
+                                     batch_size=10, schedulers=scheduler, device="cpu",
+                                     probes=more, checkpoint=path, seed=np.int64(0))  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run.pt", StopAfter(7))
+    resumed = fit(tmp_path / "run.pt", StopAfter(-1))
+    assert_same(resumed, fit(None))
+    assert resumed[1].rows[-1]["epoch"] == 3
+
+
+def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path):
+    class Table:
+        def __init__(self):
+            self.factors = np.ones(9)
+
+        def __call__(self, epoch):
+            return self.factors[epoch]
+
+    model, optimizer, _ = setting()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Table())
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"LambdaLR\.state_dict\(\) holds more than"):
+        run(1, (model, optimizer, schedule), checkpoint=tmp_path / "run.pt")
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_what_is_changed_after_ctrl_c_belongs_to_another_run(tmp_path):
+    """In a notebook the same objects go on; what the run itself has moved is no change."""
+    path, made = tmp_path / "run.pt", setting()
+    loss = nn.CrossEntropyLoss()
+
+    def go_on(*more):
+        model, optimizer, scheduler = made
+        return training.train(model, dataset(), optimizer, epochs=3, batch_size=10, loss=loss,
+                              schedulers=scheduler, device="cpu", checkpoint=path,
+                              probes=more)  # fmt: skip
+
+    for steps in (7, 2):  # the learning rate has fallen in between
+        with pytest.raises(KeyboardInterrupt):
+            go_on(StopAfter(steps))
+    rate = made[1].param_groups[0]["lr"]
+    made[1].param_groups[0]["lr"] = rate / 10
+    with pytest.raises(CheckpointError, match="another run: its lr, group 0 of Adam"):
+        go_on(StopAfter(0))
+    made[1].param_groups[0]["lr"] = rate
+    loss.label_smoothing = 0.5
+    with pytest.raises(CheckpointError, match="another run: its setting of loss"):
+        go_on(StopAfter(0))
+
+
+def test_after_a_change_is_taken_back_the_run_goes_on(tmp_path):
+    path, whole = tmp_path / "run.pt", run(3)[1]
+    made = setting("stochastic")
+    with pytest.raises(KeyboardInterrupt):
+        run(3, made, checkpoint=path, probes=[probes.FlipRatio(), probes.Saturation(),
+                                              StopAfter(7)])  # fmt: skip
+    made[1].param_groups[0]["lr"] *= 2
+    same = [probes.FlipRatio(), probes.Saturation(), StopAfter(-1)]
+    with pytest.raises(CheckpointError, match="another run: its lr"):
+        run(3, made, checkpoint=path, probes=same)
+    assert without_time(run(3, checkpoint=path, probes=same)[1]) == without_time(whole)
+
+
+def test_replaced_images_are_other_data(tmp_path):
+    """The hash of the set, and the labels, stay what they were."""
+    toy = dataset()
+    run(1, data=toy, checkpoint=tmp_path / "run.pt")
+    other = dataclasses.replace(toy, test_images=255 - toy.test_images)
+    with pytest.raises(CheckpointError, match="another run: its sum of the test images"):
+        run(1, data=other, checkpoint=tmp_path / "run.pt")
+
+
+def test_a_quantizer_that_is_a_module_has_a_checkpoint_too(tmp_path):
+    def once():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Flatten(), BinaryLinear(16, 3, input_quantizer=nn.Hardtanh(), bias=False)
+        )
+        adam = torch.optim.Adam(model.parameters())
+        return model, training.train(model, dataset(), adam, epochs=1, batch_size=10,
+                                     device="cpu", checkpoint=tmp_path / "run.pt")  # fmt: skip
+
+    assert_same(once(), once())
 
 
 def test_a_probe_without_a_state_is_refused_with_a_checkpoint_only(tmp_path):

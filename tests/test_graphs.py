@@ -12,7 +12,7 @@ from tape import Tape, waits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnnbook import data, graphs, layers, optim, probes, training
+from bnnbook import binarize, data, graphs, layers, optim, probes, training
 from bnnbook.experiments import (
     alexnet,
     binaryconnect,
@@ -386,6 +386,84 @@ def test_a_loss_may_learn_too(tape):
     assert_same(*losses)
     assert losses[0][0].calls == 12  # neither those of the recording nor of its check
     assert losses[0][0].scale != 1
+
+
+class AtTheEnd(probes.FlipRatio):
+    """A probe that changes something of the model after each epoch."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def start(self, model):
+        self.model = model
+        super().start(model)
+
+    def epoch(self):
+        self.change(self.model)
+        return super().epoch()
+
+
+def anneal(model):
+    next(layers.binary_layers(model)).weight_quantizer = binarize.ste_sign
+
+
+def freeze(model):
+    next(layers.binary_layers(model)).weight.requires_grad_(False)
+
+
+def no_dropout(model):
+    next(m for m in model.modules() if isinstance(m, nn.Dropout)).p = 0.0
+
+
+def move(model):
+    weight = next(layers.binary_layers(model)).weight
+    weight.data = weight.data.clamp(-1, 1)
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    (anneal, "weight_quantizer of"), (freeze, "weight has"), (no_dropout, "p of"),
+    (move, "weight has"),
+])  # fmt: skip
+def test_a_replay_that_would_not_know_of_a_change_is_refused(change, name, tape):
+    """And without the check it trains another network, so there is something to refuse."""
+    with pytest.raises(graphs.GraphError, match=rf"{name}.*graph=False"):
+        fit(mlp, probes=[AtTheEnd(change)])
+    assert len(fit(mlp, probes=[AtTheEnd(change)], graph=False)[1]) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Run, "check_replay", lambda run: None)
+        replayed = fit(mlp, probes=[AtTheEnd(change)])
+    try:
+        assert_same(replayed, fit(mlp, probes=[AtTheEnd(change)], graph=False))
+    except AssertionError:
+        return
+    pytest.fail("replayed and stepped are the same: nothing to refuse")
+
+
+def test_what_a_forward_pass_sets_is_refused(tape):
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    def setting():
+        model, optimizers, shape = mlp()
+        return nn.Sequential(model, Counting()), optimizers, shape
+
+    with pytest.raises(graphs.GraphError, match="calls of 1 has changed"):
+        fit(setting)
+
+
+def test_a_hook_that_replaces_a_tensor_is_noticed_within_the_first_epoch(tape):
+    def setting():
+        model, (optimizer,), shape = mlp()
+        optimizer.register_step_post_hook(lambda *_: move(model))
+        return model, [optimizer], shape
+
+    with pytest.raises(graphs.GraphError, match="weight has changed"):
+        fit(setting, epochs=1)
 
 
 # --- On a GPU ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Binary layers: what is multiplied, what is trained, and what the loss is."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -155,6 +156,19 @@ def test_repr_names_the_quantizers():
     assert "weight_quantizer=ste_sign" in repr(layers.BinaryLinear(2, 2))
     assert "weight_quantizer=ste_sign" in repr(binaryconnect_mlp())
     assert "input_quantizer" not in repr(layers.BinaryLinear(2, 2))
+
+
+@pytest.mark.parametrize(("quantizer", "shown"), [
+    (partial(ste_sign, clip_value=2.0), "ste_sign(clip_value=2.0)"),
+    (partial(stochastic_sign, generator=torch.Generator()),
+     "stochastic_sign(generator=Generator)"),
+    (partial(ste_sign, surrogate=nn.functional.hardtanh), "ste_sign(surrogate=hardtanh)"),
+])  # fmt: skip
+def test_a_repr_names_no_place_in_memory(quantizer, shown):
+    """A network's repr tells whose a checkpoint is, in another process, too."""
+    assert f"weight_quantizer={shown}" in repr(
+        layers.BinaryLinear(2, 2, weight_quantizer=quantizer)
+    )
 
 
 def test_clipping_touches_latent_weights_only():

@@ -524,8 +524,111 @@ def test_binary_weights_in_the_hands_of_a_real_optimizer(first):
     adam = torch.optim.Adam(model.parameters())
     late = torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: float(epoch >= first - 1))
     with pytest.raises(ValueError, match=r"1\.weight is not ±1 any more.*split_parameters"):
-        training.train(model, dataset(), [adam, flipper], epochs=3, batch_size=10, device="cpu",
+        training.train(model, dataset(), adam, epochs=3, batch_size=10, device="cpu",
                        schedulers=[late])  # fmt: skip
+    with pytest.raises(ValueError, match=r"CascadedEMA holds 1 .* an optimizer before it"):
+        training.train(model, dataset(), [adam, flipper], epochs=3, batch_size=10, device="cpu")
+
+
+def real_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def real_run(model, epochs=3, parameters=None, data=None, **options):
+    adam = torch.optim.Adam(parameters or model.parameters(), 0.05)
+    history = training.train(model, data or dataset(), adam, epochs=epochs, batch_size=10,
+                             device="cpu", **options)  # fmt: skip
+    return model, history
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_callers_own_autocast_changes_nothing(precision, monkeypatch):
+    """Nested in another, torch's autocast would keep the weights of the first step."""
+    monkeypatch.setenv("BNNBOOK_PRECISION", precision)
+    alone = real_run(real_network())
+    with torch.autocast("cpu", torch.bfloat16):
+        within = real_run(real_network())
+        outputs = training.predict(within[0], dataset().test_images)
+    assert_same(alone, within)
+    assert torch.equal(outputs, training.predict(alone[0], dataset().test_images))
+
+
+def test_in_float16_an_optimizer_of_frozen_layers_is_left_out(monkeypatch):
+    monkeypatch.setenv("BNNBOOK_PRECISION", "float16")
+    model = real_network()
+    frozen = model[1].requires_grad_(False)
+    optimizers = [
+        torch.optim.SGD(frozen.parameters(), 0.1),
+        torch.optim.SGD(model[3].parameters(), 0.1),
+    ]
+    before = frozen.weight.clone(), model[3].weight.clone()
+    training.train(model, dataset(), optimizers, epochs=1, batch_size=10, device="cpu")
+    assert torch.equal(before[0], frozen.weight)
+    assert not torch.equal(before[1], model[3].weight)
+
+
+def test_gradients_that_no_optimizer_takes_are_not_added_up():
+    """Of a layer left out of the optimizer, as of all others, a step's gradient is its own."""
+    model, norms = real_network(), []
+
+    class Looking(nn.CrossEntropyLoss):
+        def forward(self, outputs, targets):
+            held = model[1].weight.grad
+            norms.append(0.0 if held is None else held.norm().item())
+            return super().forward(outputs, targets)
+
+    real_run(model, epochs=2, parameters=model[3].parameters(), loss=Looking())
+    assert norms == [0.0] * 10
+    assert model[1].weight.grad is None
+
+
+def test_a_preprocess_that_works_in_place_leaves_the_images_alone():
+    def inverted(images):
+        return images.bitwise_not_().float() / 255
+
+    toy = dataset()
+    before = toy.test_images.clone()
+    in_place = real_run(real_network(), data=toy, preprocess=inverted)
+    assert torch.equal(toy.test_images, before)
+    assert_same(in_place, real_run(real_network(), preprocess=lambda x: (255 - x).float() / 255))
+
+
+def test_a_rate_that_is_a_tensor_is_noted_as_it_was():
+    model = real_network()
+    adam = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.1)
+    history = training.train(model, dataset(), adam, epochs=3, batch_size=10, device="cpu",
+                             schedulers=schedule)  # fmt: skip
+    assert history.frame.lr.tolist() == pytest.approx([0.1, 0.01, 0.001])
+
+
+def test_too_few_outputs_are_named_before_the_loss_meets_a_label():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+
+    def loss(outputs, targets):
+        pytest.fail("on CUDA, this would end the process")
+
+    with pytest.raises(ValueError, match=r"3 classes or more here; this one's are \(10, 2\)"):
+        real_run(model, loss=loss)
+
+
+def test_a_packed_network_without_parameters_is_evaluated():
+    images, labels = dataset().test_images, dataset().test_labels
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16, affine=False))
+    assert 0 <= training.evaluate(network, images, labels) <= 1
+
+
+def test_only_the_runs_own_generators_are_seeded(monkeypatch):
+    """torch.manual_seed would seed every GPU, and one only gets its state back."""
+
+    def fail(*_):
+        pytest.fail("all devices were seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", fail)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    real_run(model, epochs=1)
 
 
 def test_a_loss_that_is_not_finite_before_any_step_is_not_blamed_on_the_rate():

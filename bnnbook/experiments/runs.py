@@ -10,6 +10,7 @@ import torch
 from bnnbook import training
 from bnnbook.data import Dataset
 from bnnbook.records import SCALES, Record, environment
+from bnnbook.training import seed_generators
 
 
 def check_name(what: str, name: str, known: Collection[str], experiment: str) -> None:
@@ -40,7 +41,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     the same on every device.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device("cpu"):
-        torch.manual_seed(seed)
+        seed_generators(seed, device)
         yield
 
 
