@@ -53,7 +53,7 @@ class Claim:
         if self.source:
             paper += f" ({self.source})"
         cells = [self.statement, paper, self.measured["text"] or "—", where]
-        row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        row = "".join(f"<td>{_unbroken(escape(cell))}</td>" for cell in cells)
         badge = f'<span class="verdict {BADGE[self.verdict]}">{escape(self.verdict)}</span>'
         heads = ("claim", "paper", "ours", "scale, hardware", "verdict")
         head = "".join(f'<th scope="col">{name}</th>' for name in heads)
@@ -64,6 +64,11 @@ class Claim:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
         return {"text/plain": str(self), "text/html": self._repr_html_(), MIME: asdict(self)}
+
+
+def _unbroken(text: str) -> str:
+    """Keep a number with its spread, and n with its number, on one line."""
+    return text.replace(" ± ", "\u00a0±\u00a0").replace("n = ", "n\u00a0=\u00a0")
 
 
 def check(

@@ -164,7 +164,8 @@ def errors(frame, paper: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     colors = _colors(variants)
     for i, variant in enumerate(variants):
         ours = 100 * frame.test_error[frame.variant == variant]
-        ax.plot(ours, np.full(len(ours), i - 0.12), "o", ms=5, alpha=0.8, color=colors[variant])
+        rows = i - np.linspace(0.04, 0.2, len(ours))  # apart, so that equal runs all show
+        ax.plot(ours, rows, "o", ms=5, alpha=0.8, color=colors[variant])
         if variant in paper:
             mean, spread = paper[variant]
             ax.errorbar(mean, i + 0.15, xerr=spread, fmt="D", ms=5, color="black", mfc="white")

@@ -306,6 +306,7 @@ def test_errors_places_each_run_and_the_papers_number(ax):
         x, y = xy(dots[i])
         np.testing.assert_allclose(x, 100 * frame.test_error[frame.variant == variant])
         assert np.abs(y - ax.get_yticks()[i]).max() < 0.5
+        assert len(set(y)) == len(y)  # equal runs do not hide each other
         x, y = xy(diamonds[i])
         assert (x.item(), round(y.item())) == (paper[variant][0], i)
     (bars,) = (c for c in ax.collections if len(c.get_segments()))
