@@ -1,8 +1,10 @@
 """A training run in a file: written atomically, read without running code, tied to its run."""
 
+import contextlib
 import copy
 import inspect
 import io
+import itertools
 import os
 import pickle
 import weakref
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+QUANTIZERS = ("weight_quantizer", "input_quantizer")  # attributes of a layer
 # What torch.load raises for a file that is cut short or was not written by torch.
 DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
           ValueError)  # fmt: skip
@@ -129,7 +132,7 @@ def _as_python(value, with_tensors: bool = True):
 # --- What a run is set to ----------------------------------------------------------------------
 
 
-def settings(model: nn.Module, functions: Mapping[str, Callable | None], left: bool = False,
+def settings(model: nn.Module, functions: Mapping[str, Callable | None],
              **stepped: Iterable) -> dict[str, object]:  # fmt: skip
     """Return a run's settings by name, as strings, numbers and collections of them.
 
@@ -137,26 +140,24 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None], left: b
     function is compared by its name and by the values that it was made with, not by its code.
 
     functions: the functions that the run was given, by argument name, such as ``loss``.
-    left: the run is over, so what it has changed is not taken for another setting from now on.
     stepped: the run's ``optimizers`` and ``schedulers``, by these names.
     """
-    at_first = partial(_at_first, left=left)
     parameters = model.named_parameters()
     frozen = [name for name, parameter in parameters if not parameter.requires_grad]
     found: dict[str, object] = {"list of frozen parameters": frozen}
     for name, layer in model.named_modules():
-        for key, value in at_first(layer, _made_with).items():
+        for key, value in _at_first(layer, _made_with).items():
             found[f"{key} of {name or 'the network'}"] = value
-        for kind in ("weight_quantizer", "input_quantizer"):  # which may be replaced between runs
+        for kind in QUANTIZERS:  # which may be replaced between runs
             if (quantizer := getattr(layer, kind, None)) is not None:
-                found[f"{kind} of {name or 'the network'}"] = at_first(quantizer, _in_words)
+                found[f"{kind} of {name or 'the network'}"] = _at_first(quantizer, _in_words)
     for name, function in functions.items():
         holder = function.__self__ if inspect.ismethod(function) else function
         describe = _module_in_words if isinstance(holder, nn.Module) else _in_words
-        found[f"setting of {name}"] = at_first(holder, describe)
+        found[f"setting of {name}"] = _at_first(holder, describe)
     for kind, parts in stepped.items():
         for number, part in enumerate(parts):
-            for key, value in at_first(part, _numbers).items():
+            for key, value in _at_first(part, _numbers).items():
                 found[f"{key} of {type(part).__name__} ({number} of the {kind})"] = value
     return found
 
@@ -271,23 +272,34 @@ def _numbers(part) -> dict[str, object]:
     return found | {key: words for key, words in more.items() if words}
 
 
-# For each thing and each way to describe it: its description as a run found it, and left it.
+# For each thing and each way to describe it, three descriptions: as the first run found it, as the
+# last one left it, and what stands for the first in the run that is on.
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _at_first(thing, describe: Callable, left: bool = False):
+def _at_first(thing, describe: Callable):
     """Return describe(thing) as a first run found it, because rates and counters change in a run.
 
     What has changed since a run left it, somebody has set: that is described as it is now.
-    ``left``: a run leaves the thing.
     """
     now = describe(thing)
     try:
         seen = _seen.setdefault(thing, {})
     except TypeError:  # it cannot be remembered without being kept alive
         return now
-    first, last = seen.get(describe, (now, now))
-    if not left and now != last:
-        first = now
-    seen[describe] = first, now
-    return first
+    first, last, _ = seen.get(describe, (now, now, now))
+    seen[describe] = first, last, first if now == last else now
+    return seen[describe][2]
+
+
+def leave(model: nn.Module, functions: Mapping[str, Callable | None], **stepped: Iterable) -> None:
+    """Note how a run leaves its settings: what it changed itself, nobody else has set.
+
+    Arguments as in `settings`.
+    """
+    quantizers = [getattr(layer, kind, None) for layer in model.modules() for kind in QUANTIZERS]
+    holders = [f.__self__ if inspect.ismethod(f) else f for f in functions.values()]
+    for thing in (*model.modules(), *quantizers, *holders, *itertools.chain(*stepped.values())):
+        with contextlib.suppress(TypeError):  # what cannot be remembered
+            for describe, (_, _, first) in list(_seen.get(thing, {}).items()):
+                _seen[thing][describe] = first, describe(thing), first

@@ -7,6 +7,7 @@ weight is exactly -1 or +1, a *real* weight is an ordinary parameter.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +130,11 @@ def _name(quantizer: Quantizer) -> str:
 
 
 def _shown(option) -> str:
-    """Return an option as text that is the same in every process: without a place in memory."""
-    if callable(option) or isinstance(option, torch.Generator):
-        return getattr(option, "__name__", type(option).__name__)
-    return str(option)
+    """Return an option as text, a function by its name: without a place in memory."""
+    if isinstance(option, partial):
+        return _name(option)
+    text = getattr(option, "__name__", None) or str(option)
+    return type(option).__name__ if " at 0x" in text else text
 
 
 class BinaryLinear(BinaryLayer, nn.Linear):

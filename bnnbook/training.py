@@ -329,6 +329,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     ):  # fmt: skip
         run.start_probes()
         run.resume()
+        run.begun = True
         is_over = run.is_over()
         if not is_over:
             run.record_graph()
@@ -377,9 +378,9 @@ class _GraphedGradients:
     def __init__(self, run: "_Run"):
         self.index = torch.arange(run.batch_size, device=run.device)
         self.parameters = run.parameters
-        self.fixed = _fixed_in_a_graph(run)
         with _undone(run):
             self.graph = graphs.Graph(partial(self.step, run, self.index), run.device)
+        self.fixed = _fixed_in_a_graph(run)
         self.grads = [parameter.grad for parameter in self.parameters]
         self.check(run)
         self.check_fixed(run)
@@ -421,7 +422,7 @@ class _GraphedGradients:
         self.index.copy_(index)
         outputs = self.graph()
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            parameter.grad = grad  # zero_grad has set it to None
+            parameter.grad = grad  # `clear_gradients` has set it to None
         return outputs
 
 
@@ -461,7 +462,7 @@ def _fixed_in_a_graph(run: "_Run") -> dict[str, object]:
             found[name] = tensor.data_ptr(), tensor.requires_grad
         for name, module in part.named_modules():
             for key, value in vars(module).items():
-                if type(value) in (bool, int, float, str):
+                if type(value) in (bool, int, float, str) and key != "training":
                     found[f"{key} of {name or type(part).__name__}"] = value
                 elif key in ("weight_quantizer", "input_quantizer"):
                     found[f"{key} of {name or type(part).__name__}"] = id(value)
@@ -523,7 +524,7 @@ class _Run:
         self.parameters = list(dict.fromkeys(held))
         self.clear_gradients()  # left behind by an earlier loop
         self.started = self.saved = time.monotonic()
-        self.replay, self.lookers = None, []
+        self.replay, self.lookers, self.begun = None, [], False
         self.settings = self.current_settings() | _sums(self.data) if checkpoint else {}
 
     def start_probes(self) -> None:
@@ -577,7 +578,9 @@ class _Run:
         return images
 
     def clear_gradients(self) -> None:
-        """Forget all gradients, also of parameters that no optimizer holds."""
+        """Forget all gradients, also of parameters that no optimizer holds, or that are new."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -695,14 +698,13 @@ class _Run:
             "device type": self.device.type,
         }
 
-    def current_settings(self, left: bool = False) -> dict[str, object]:
+    def current_settings(self, ask: Callable = checkpoints.settings):
         """Return the settings of the functions, optimizers and schedulers, by name.
 
-        ``left``: the run is over; see `checkpoints.settings`.
+        ``ask``: or, of these, something else, such as `checkpoints.leave`.
         """
         functions = {name: getattr(self, name) for name in FUNCTIONS}
-        return checkpoints.settings(self.model, functions, left, optimizers=self.optimizers,
-                                    schedulers=self.schedulers)  # fmt: skip
+        return ask(self.model, functions, optimizers=self.optimizers, schedulers=self.schedulers)
 
     def parts(self) -> dict[str, list]:
         """Return everything with a state_dict, by name."""
@@ -1008,13 +1010,15 @@ def _stop_signals(run: _Run):
             raise KeyboardInterrupt
         run.signal = number
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM
+    # a handler of None was not installed from Python, and could not be put back
+    asked = [number for number in numbers if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, ask) for number in asked}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # one that was not installed from Python
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -1033,8 +1037,8 @@ def _settings_left(run: _Run):
     try:
         yield
     finally:
-        if run.checkpoint:
-            run.current_settings(left=True)
+        if run.begun:  # a run that was refused has changed nothing
+            run.current_settings(checkpoints.leave)
 
 
 def _bar(run: _Run, progress: bool | None) -> tqdm:

@@ -441,19 +441,26 @@ def test_what_is_changed_after_ctrl_c_belongs_to_another_run(tmp_path):
     loss.label_smoothing = 0.5
     with pytest.raises(CheckpointError, match="another run: its setting of loss"):
         go_on(StopAfter(0))
+    loss.label_smoothing = 0.0  # all is as it was
+    assert go_on(StopAfter(0)).rows[-1]["epoch"] == 3
 
 
-def test_after_a_change_is_taken_back_the_run_goes_on(tmp_path):
-    path, whole = tmp_path / "run.pt", run(3)[1]
-    made = setting("stochastic")
+@pytest.mark.parametrize("between", ["a change taken back", "a run without a checkpoint"])
+def test_the_same_objects_go_on_after(between, tmp_path):
+    path, made, whole = tmp_path / "run.pt", setting(), run(3)[1]
+    watched = [probes.FlipRatio(), probes.Saturation()]
     with pytest.raises(KeyboardInterrupt):
-        run(3, made, checkpoint=path, probes=[probes.FlipRatio(), probes.Saturation(),
-                                              StopAfter(7)])  # fmt: skip
-    made[1].param_groups[0]["lr"] *= 2
-    same = [probes.FlipRatio(), probes.Saturation(), StopAfter(-1)]
-    with pytest.raises(CheckpointError, match="another run: its lr"):
-        run(3, made, checkpoint=path, probes=same)
-    assert without_time(run(3, checkpoint=path, probes=same)[1]) == without_time(whole)
+        run(3, made, checkpoint=path, probes=[*watched, StopAfter(7)])
+    if between == "a change taken back":
+        rate = made[1].param_groups[0]["lr"]
+        made[1].param_groups[0]["lr"] = 2 * rate
+        with pytest.raises(CheckpointError, match="another run: its lr"):
+            run(3, made, checkpoint=path, probes=[*watched, StopAfter(-1)])
+        made[1].param_groups[0]["lr"] = rate
+    else:
+        run(2, made)
+    again = run(3, made, checkpoint=path, probes=[*watched, StopAfter(-1)])
+    assert without_time(again[1]) == without_time(whole)
 
 
 def test_replaced_images_are_other_data(tmp_path):

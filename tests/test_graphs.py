@@ -440,6 +440,23 @@ def test_a_replay_that_would_not_know_of_a_change_is_refused(change, name, tape)
     pytest.fail("replayed and stepped are the same: nothing to refuse")
 
 
+def test_what_the_first_pass_finds_out_and_the_mode_of_evaluation_are_no_change(tape, tmp_path):
+    class Once(nn.Module):
+        scale = None
+
+        def forward(self, x):
+            self.scale = self.scale or 0.5
+            return self.scale * x
+
+    def setting():
+        model, optimizers, shape = mlp()
+        return nn.Sequential(model, Once()), optimizers, shape
+
+    options = {"probes": [AtTheEnd(nn.Module.eval)], "checkpoint_minutes": 0}
+    replayed = fit(setting, checkpoint=tmp_path / "run.pt", **options)
+    assert_same(replayed, fit(setting, graph=False, **options))
+
+
 def test_what_a_forward_pass_sets_is_refused(tape):
     class Counting(nn.Module):
         calls = 0

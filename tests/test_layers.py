@@ -163,6 +163,10 @@ def test_repr_names_the_quantizers():
     (partial(stochastic_sign, generator=torch.Generator()),
      "stochastic_sign(generator=Generator)"),
     (partial(ste_sign, surrogate=nn.functional.hardtanh), "ste_sign(surrogate=hardtanh)"),
+    (partial(ste_sign, surrogate=partial(ste_sign, clip_value=2)),
+     "ste_sign(surrogate=ste_sign(clip_value=2))"),
+    (partial(ste_sign, surrogate=nn.Softshrink(2)), "ste_sign(surrogate=Softshrink(2))"),
+    (partial(ste_sign, surrogate=object()), "ste_sign(surrogate=object)"),
 ])  # fmt: skip
 def test_a_repr_names_no_place_in_memory(quantizer, shown):
     """A network's repr tells whose a checkpoint is, in another process, too."""

@@ -583,6 +583,27 @@ def test_gradients_that_no_optimizer_takes_are_not_added_up():
     assert model[1].weight.grad is None
 
 
+def test_a_parameter_that_replaces_another_has_gradients_of_its_own():
+    model, seen = real_network(), []
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+
+    class Replacing(probes.FlipRatio):
+        def step(self):
+            if not seen:
+                model[3].weight = nn.Parameter(model[3].weight.detach().clone())
+                sgd.param_groups[0]["params"][2] = model[3].weight
+            seen.append(model[3].weight.grad is None)
+
+    training.train(model, dataset(), sgd, epochs=1, batch_size=10, probes=Replacing())
+    assert seen == [True] * 5
+
+
+def test_a_handler_from_outside_python_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("could not be put back"))
+    real_run(real_network(), epochs=1, checkpoint=tmp_path / "run.pt")
+
+
 def test_a_preprocess_that_works_in_place_leaves_the_images_alone():
     def inverted(images):
         return images.bitwise_not_().float() / 255
