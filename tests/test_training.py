@@ -9,6 +9,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -599,8 +600,11 @@ def test_a_parameter_that_replaces_another_has_gradients_of_its_own():
 
 
 def test_a_handler_from_outside_python_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("could not be put back"))
+    outside = SimpleNamespace(
+        SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, getsignal=lambda number: None,
+        signal=lambda *_: pytest.fail("could not be put back"),
+    )  # fmt: skip
+    monkeypatch.setattr(training, "signal", outside)
     real_run(real_network(), epochs=1, checkpoint=tmp_path / "run.pt")
 
 
