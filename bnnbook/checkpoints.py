@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnnbook.layers import QUANTIZED
+
 FORMAT = 1
-QUANTIZERS = ("weight_quantizer", "input_quantizer")  # attributes of a layer
 # What torch.load raises for a file that is cut short or was not written by torch.
 DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
           ValueError)  # fmt: skip
@@ -148,7 +149,7 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
     for name, layer in model.named_modules():
         for key, value in _at_first(layer, _made_with).items():
             found[f"{key} of {name or 'the network'}"] = value
-        for kind in QUANTIZERS:  # which may be replaced between runs
+        for kind in QUANTIZED:  # which may be replaced between runs
             if (quantizer := getattr(layer, kind, None)) is not None:
                 found[f"{kind} of {name or 'the network'}"] = _at_first(quantizer, _in_words)
     for name, function in functions.items():
@@ -297,7 +298,7 @@ def leave(model: nn.Module, functions: Mapping[str, Callable | None], **stepped:
 
     Arguments as in `settings`.
     """
-    quantizers = [getattr(layer, kind, None) for layer in model.modules() for kind in QUANTIZERS]
+    quantizers = [getattr(layer, kind, None) for layer in model.modules() for kind in QUANTIZED]
     holders = [f.__self__ if inspect.ismethod(f) else f for f in functions.values()]
     for thing in (*model.modules(), *quantizers, *holders, *itertools.chain(*stepped.values())):
         with contextlib.suppress(TypeError):  # what cannot be remembered

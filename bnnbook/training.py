@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from bnnbook import checkpoints, graphs
 from bnnbook.data import Dataset, unit_range
-from bnnbook.layers import BinaryLayer, binary_layers
+from bnnbook.layers import QUANTIZED, BinaryLayer, binary_layers
 from bnnbook.optim import CounterSGD
 
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
@@ -361,9 +361,10 @@ def train_step(run: "_Run", index: Tensor) -> None:
     """Take one step on the training images at ``index``; loss and hits stay on the device."""
     value, hits = run.gradients(index)
     for optimizer in run.optimizers:
-        has_gradients = any(p.grad is not None for p in _parameters_of(optimizer))
-        # the scaler would refuse an optimizer of frozen layers
-        run.scaler.step(optimizer) if has_gradients else optimizer.step()
+        if any(p.grad is not None for p in _parameters_of(optimizer)):
+            run.scaler.step(optimizer)
+        else:  # of frozen layers, which the scaler would refuse
+            optimizer.step()
     run.scaler.update()
     run.clear_gradients()
     for probe in run.probes:
@@ -455,17 +456,17 @@ def to_channels_last(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
 def _fixed_in_a_graph(run: "_Run") -> dict[str, object]:
     """Return, by name, what a replay takes as recorded: where tensors are, and plain numbers."""
     found: dict[str, object] = {}
-    for part in (run.model, run.loss):
+    for prefix, part in (("", run.model), ("loss", run.loss)):
         if not isinstance(part, nn.Module):
             continue
-        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+        for name, tensor in (*part.named_parameters(prefix), *part.named_buffers(prefix)):
             found[name] = tensor.data_ptr(), tensor.requires_grad
-        for name, module in part.named_modules():
+        for name, module in part.named_modules(prefix=prefix):
             for key, value in vars(module).items():
                 if type(value) in (bool, int, float, str) and key != "training":
-                    found[f"{key} of {name or type(part).__name__}"] = value
-                elif key in ("weight_quantizer", "input_quantizer"):
-                    found[f"{key} of {name or type(part).__name__}"] = id(value)
+                    found[f"{key} of {name or 'the network'}"] = value
+                elif key in QUANTIZED:
+                    found[f"{key} of {name or 'the network'}"] = id(value)
     return found
 
 
@@ -525,7 +526,9 @@ class _Run:
         self.clear_gradients()  # left behind by an earlier loop
         self.started = self.saved = time.monotonic()
         self.replay, self.lookers, self.begun = None, [], False
-        self.settings = self.current_settings() | _sums(self.data) if checkpoint else {}
+        self.settings = {}
+        if checkpoint:
+            self.settings = checkpoints.settings(**self.set_to()) | _sums(self.data)
 
     def start_probes(self) -> None:
         """Let the probes begin to look at the model."""
@@ -698,13 +701,11 @@ class _Run:
             "device type": self.device.type,
         }
 
-    def current_settings(self, ask: Callable = checkpoints.settings):
-        """Return the settings of the functions, optimizers and schedulers, by name.
-
-        ``ask``: or, of these, something else, such as `checkpoints.leave`.
-        """
+    def set_to(self) -> dict:
+        """Return what the run's settings are in, as arguments of `checkpoints.settings`."""
         functions = {name: getattr(self, name) for name in FUNCTIONS}
-        return ask(self.model, functions, optimizers=self.optimizers, schedulers=self.schedulers)
+        return {"model": self.model, "functions": functions, "optimizers": self.optimizers,
+                "schedulers": self.schedulers}  # fmt: skip
 
     def parts(self) -> dict[str, list]:
         """Return everything with a state_dict, by name."""
@@ -1038,7 +1039,7 @@ def _settings_left(run: _Run):
         yield
     finally:
         if run.begun:  # a run that was refused has changed nothing
-            run.current_settings(checkpoints.leave)
+            checkpoints.leave(**run.set_to())
 
 
 def _bar(run: _Run, progress: bool | None) -> tqdm:
