@@ -58,7 +58,7 @@ class Claim:
         heads = ("claim", "paper", "ours", "scale, hardware", "verdict")
         head = "".join(f'<th scope="col">{name}</th>' for name in heads)
         return (
-            f'<table class="bnnbook-claim" data-claim="{escape(self.id)}"><thead><tr>{head}</tr>'
+            f'<table class="bnnbook-claim" id="{escape(self.id)}"><thead><tr>{head}</tr>'
             f"</thead><tbody><tr>{row}<td>{badge}</td></tr></tbody></table>"
         )
 

@@ -108,7 +108,7 @@ def test_code_is_to_be_read(chapter):
 def test_first_cell_installs_the_release_on_colab_only(chapter):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     cell = cells(chapter)[0]
-    assert {"nbval-skip", "hide-cell"} <= set(chapters.tags(cell))
+    assert {"nbval-skip", "remove-cell"} <= set(chapters.tags(cell))
     assert 'if "google.colab" in sys.modules:' in cell.source
     (install,) = re.findall(r"^ +[%!]pip .*", cell.source, re.MULTILINE)
     assert "--no-deps" in install

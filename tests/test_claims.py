@@ -282,6 +282,7 @@ def test_the_html_is_a_table_with_one_row(holds, badge):
     claim = check(holds=holds, measured=measured, hardware="Abacus", source="table 2")
     soup = BeautifulSoup(claim._repr_html_(), "html.parser")
     table = soup.find("table", class_="bnnbook-claim")
+    assert table["id"] == claim.id  # to which the table of all claims leads
     heads = [th.text for th in table.select("thead th")]
     assert heads == ["claim", "paper", "ours", "scale, hardware", "verdict"]
     (row,) = table.select("tbody tr")

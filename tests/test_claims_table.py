@@ -52,10 +52,11 @@ def test_claims_are_collected_in_the_order_of_the_book(book):
 def test_both_tables_are_written_between_their_markers(book):
     assert run(book) == 0
     readme, page = book / "README.md", book / "book" / "what-holds.md"
-    chapter = "[Chapter B](https://example.org/book/notebooks/b.html)"
+    chapter = "[Chapter B](https://example.org/book/notebooks/b.html#b.two)"
     assert rows(readme)[1] == f"| {chapter} | b.two holds | p | x | small, cpu | not reproduced |"
     badge = '<span class="verdict reproduced">reproduced</span>'
-    assert rows(page)[2] == f"| a.one holds | {badge} | p | x | small, cpu |"
+    there = '<a href="../notebooks/a.html#a.one" aria-label="to the check">→</a>'
+    assert rows(page)[2] == f"| a.one holds {there} | {badge} | p | x | small, cpu |"
     for path in (readme, page):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# Page\n\nbefore\n\n<!-- claims:begin -->\n\n")
@@ -75,6 +76,15 @@ def test_the_books_own_claims_are_counted(book):
     ).read_text(encoding="utf-8")
     front = (book / "book" / "intro.md").read_text(encoding="utf-8")
     assert ":::\n\n1 of these is ours and no paper's.\n\n<!-- claims:end -->" in front
+
+
+def test_the_books_own_claims_that_failed_are_counted(book):
+    own = {"paper": "not in the paper; a prediction of ours"}
+    write(book, "a", [claim("a.one") | own, claim("a.two", claims.NOT_REPRODUCED) | own])
+    assert run(book) == 0
+    line = "2 of these are ours and no paper's, 1 of them not reproduced.\n"
+    for page in ("README.md", "book/what-holds.md", "book/intro.md"):
+        assert line in (book / page).read_text(encoding="utf-8")
 
 
 def test_the_page_has_a_table_a_chapter_and_counts_its_claims(book):

@@ -91,8 +91,13 @@ def tally(chapters: list[ChapterClaims]) -> str:
 
 def _ours(chapters: list[ChapterClaims]) -> str:
     """How many of the claims no paper makes, as a sentence; "" if there are none."""
-    own = sum((claim["paper"] or "").startswith(OURS) for c in chapters for claim in c.claims)
-    return f"{own} of these {'is' if own == 1 else 'are'} ours and no paper's." if own else ""
+    claimed = [claim for chapter in chapters for claim in chapter.claims]
+    verdicts = [each["verdict"] for each in claimed if (each["paper"] or "").startswith(OURS)]
+    if not verdicts:
+        return ""
+    of_these = f"{len(verdicts)} of these {'is' if len(verdicts) == 1 else 'are'} ours"
+    failed = verdicts.count(claims.NOT_REPRODUCED)
+    return f"{of_these} and no paper's{f', {failed} of them not reproduced' * bool(failed)}."
 
 
 def scorecard(chapters: list[ChapterClaims]) -> str:
@@ -123,7 +128,7 @@ def short_table(chapters: list[ChapterClaims], site: str) -> str:
     """Chapter, claim, the paper's number, ours, where, verdict; links to published pages."""
     rows = [
         [
-            f"[{chapter.title}]({site}notebooks/{chapter.path.stem}.html)",
+            f"[{chapter.title}]({site}notebooks/{chapter.path.stem}.html#{claim['id']})",
             claim["statement"],
             claim["paper"],
             claim["measured"]["text"],
@@ -148,16 +153,18 @@ def chapter_tables(chapters: list[ChapterClaims]) -> str:
             f"## [{chapter.title}](../notebooks/{chapter.path.name})",
             tally([chapter]),
             ":::{div} bnnbook-wide",
-            _table(header, [_row(claim) for claim in chapter.claims]),
+            _table(header, [_row(claim, chapter.path.stem) for claim in chapter.claims]),
             ":::",
         ]
     return "\n\n".join(parts)
 
 
-def _row(claim: dict[str, Any]) -> list[str]:
+def _row(claim: dict[str, Any], chapter: str) -> list[str]:
     source = f" ({claim['source']})" if claim["source"] else ""
+    # HTML, since Sphinx knows no anchors in a notebook's outputs
+    there = f'<a href="../notebooks/{chapter}.html#{claim["id"]}" aria-label="to the check">→</a>'
     return [
-        claim["statement"] + source,
+        f"{claim['statement']}{source} {there}",
         _badge(claim["verdict"]),
         claim["paper"],
         claim["measured"]["text"],

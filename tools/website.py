@@ -15,7 +15,8 @@ from pathlib import Path
 from tools.chapters import ROOT, write_atomically
 
 SOURCES = (
-    "_config.yml", "_toc.yml", "book", "notebooks", "bnnbook", "tools/api.py", "requirements.lock",
+    "_config.yml", "_toc.yml", "book", "notebooks", "bnnbook", "tools/api.py", "tools/folds.py",
+    "requirements.lock",
 )  # fmt: skip
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"

@@ -1,0 +1,45 @@
+"""What the line above a folded cell says."""
+
+import pytest
+from docutils import nodes
+
+from tools import folds
+
+
+def cell(code: str, *shown: nodes.Node, tags=(), hides: str = "input") -> nodes.container:
+    """A folded cell, as MyST-NB reads it; without outputs, it has no part for them."""
+    parts = [nodes.container("", nodes.literal_block("", code))]
+    if shown:
+        parts.append(nodes.container("", nodes.container("", *shown)))
+    return nodes.container("", *parts, hide_mode=hides, cell_metadata={"tags": list(tags)})
+
+
+FIGURE = nodes.figure("", nodes.image())
+CLAIM = nodes.raw("", '<table class="bnnbook-claim">', format="html")
+FRAME = nodes.raw("", '<table class="dataframe">', format="html")
+
+
+@pytest.mark.parametrize(
+    ("folded", "what"),
+    [
+        (cell("ax.plot(x)", FIGURE), "the code of this figure"),
+        (cell("ax.plot(x)", FRAME, FIGURE), "the code of this figure"),
+        (cell("claims.check(a)", CLAIM), "how this is checked"),
+        (cell("runs.groupby(a)", FRAME), "the code of this table"),
+        (cell("from torch import nn"), "the imports"),
+        (cell("x = 1"), "the code"),
+        (cell("seeds: int = 2", tags=["parameters"]), "the settings of this page's runs"),
+        (cell("claims.verdicts()", nodes.literal_block(), hides="all"), "what the tests compare"),
+    ],
+)
+def test_a_fold_says_what_is_in_it(folded, what):
+    page = nodes.Element("", nodes.container("", folded, nodes.paragraph()))
+    folds.name_folds(None, page)
+    assert folded["prompt_show"] == f"Show {what}"
+    assert folded["prompt_hide"] == f"Hide {what}"
+
+
+def test_an_open_cell_gets_no_line():
+    shown = nodes.container("", nodes.container(), cell_metadata={})
+    folds.name_folds(None, nodes.Element("", shown))
+    assert "prompt_show" not in shown

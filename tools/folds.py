@@ -1,0 +1,36 @@
+"""A Sphinx extension: the line above a folded cell says what is folded."""
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+
+def subject(cell: nodes.container) -> str:
+    """What the code of a folded cell is for, in the words of the line above it."""
+    tags = cell["cell_metadata"].get("tags", [])
+    code, *output = cell.children
+    shown = "".join(part.astext() for part in output)
+    if "parameters" in tags:
+        return "the settings of this page's runs"
+    if cell["hide_mode"] == "all":  # the outputs are folded, too
+        return "what the tests compare"
+    if any(part.next_node(nodes.figure) for part in output):
+        return "the code of this figure"
+    if "bnnbook-claim" in shown:
+        return "how this is checked"
+    if "<table" in shown:
+        return "the code of this table"
+    return "the imports" if code.astext().startswith(("import ", "from ")) else "the code"
+
+
+def name_folds(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each folded cell of a page its line."""
+    for cell in doctree.findall(nodes.container):
+        if cell.get("hide_mode"):
+            what = subject(cell)
+            cell["prompt_show"], cell["prompt_hide"] = f"Show {what}", f"Hide {what}"
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the hook; Sphinx calls this."""
+    app.connect("doctree-read", name_folds)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
