@@ -7,9 +7,20 @@ quantizers built on it raise TypeError for integers, which have no gradient.
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def function_of(quantizer: Callable | None) -> Callable | None:
+    """Return the function of a `functools.partial`, and any other quantizer as it is.
+
+    >>> from functools import partial
+    >>> function_of(partial(ste_sign, clip_value=None)).__name__
+    'ste_sign'
+    """
+    return getattr(quantizer, "func", quantizer)
 
 
 def _is_exported() -> bool:

@@ -147,18 +147,18 @@ def settings(model: nn.Module, functions: Mapping[str, Callable | None],
     frozen = [name for name, parameter in parameters if not parameter.requires_grad]
     found: dict[str, object] = {"list of frozen parameters": frozen}
     for name, layer in model.named_modules():
-        for key, value in _at_first(layer, _made_with).items():
+        for key, value in _as_first_seen(layer, _made_with).items():
             found[f"{key} of {name or 'the network'}"] = value
         for kind in QUANTIZED:  # which may be replaced between runs
             if (quantizer := getattr(layer, kind, None)) is not None:
-                found[f"{kind} of {name or 'the network'}"] = _at_first(quantizer, _in_words)
+                found[f"{kind} of {name or 'the network'}"] = _as_first_seen(quantizer, _described)
     for name, function in functions.items():
         holder = function.__self__ if inspect.ismethod(function) else function
-        describe = _module_in_words if isinstance(holder, nn.Module) else _in_words
-        found[f"setting of {name}"] = _at_first(holder, describe)
+        describe = _module_described if isinstance(holder, nn.Module) else _described
+        found[f"setting of {name}"] = _as_first_seen(holder, describe)
     for kind, parts in stepped.items():
         for number, part in enumerate(parts):
-            for key, value in _at_first(part, _numbers).items():
+            for key, value in _as_first_seen(part, _numbers).items():
                 found[f"{key} of {type(part).__name__} ({number} of the {kind})"] = value
     return found
 
@@ -170,7 +170,7 @@ def name_of(function: Callable | None) -> str:
     return f"{holder.__qualname__}.{function.__name__}" if isinstance(holder, type) else name
 
 
-def _in_words(value, depth: int = 8) -> str:
+def _described(value, depth: int = 8) -> str:
     """Return a function's name and the plain values and tensors that it was made with, as text.
 
     None is left out, because it may stand for a value that the function has yet to compute.
@@ -178,20 +178,20 @@ def _in_words(value, depth: int = 8) -> str:
     if isinstance(value, nn.Parameter):  # which changes, like a network's buffers
         return f"parameter {tuple(value.shape)}"
     if isinstance(value, Tensor):
-        return _gist(value)
+        return _fingerprint(value)
     if _is_array(value):
-        return _gist(torch.as_tensor(value))
+        return _fingerprint(torch.as_tensor(value))
     if _is_plain(value) or isinstance(value, nn.Module):  # not a network's buffers, which change
         return repr(value)
-    told = [v for v in _inside(value) if v is not None and _is_told(v)]
-    return f"{name_of(value)}({', '.join(_in_words(v, depth - 1) for v in told if depth)})"
+    told = [v for v in _made_from(value) if v is not None and _is_describable(v)]
+    return f"{name_of(value)}({', '.join(_described(v, depth - 1) for v in told if depth)})"
 
 
-def _module_in_words(module: nn.Module) -> str:
+def _module_described(module: nn.Module) -> str:
     """Return a module, such as a loss, as text, with its plain attributes and its buffers."""
     parts = (value for part in module.modules() for value in _attributes(part))
     shown = [repr(value) for value in parts if _is_plain(value)]
-    return " ".join([repr(module), *shown, *map(_gist, module.buffers())])
+    return " ".join([repr(module), *shown, *map(_fingerprint, module.buffers())])
 
 
 def _made_with(layer: nn.Module) -> dict[str, str]:
@@ -217,13 +217,13 @@ def _is_plain(value) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _is_told(value) -> bool:
+def _is_describable(value) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(map(_is_told, value))
+        return all(map(_is_describable, value))
     return callable(value) or _is_plain(value) or isinstance(value, Tensor) or _is_array(value)
 
 
-def _inside(value) -> Iterable:
+def _made_from(value) -> Iterable:
     """Return what a function or an object was made with: arguments, closure, attributes."""
     value = inspect.unwrap(value) if callable(value) else value  # functools.cache hides them
     if isinstance(value, (tuple, list)):
@@ -245,7 +245,7 @@ def _attributes(value) -> list:
     return [part for pair in shown.items() for part in pair]
 
 
-def _gist(tensor: Tensor) -> str:
+def _fingerprint(tensor: Tensor) -> str:
     """Return a tensor as a short text: its shape, and the norm of its entries weighted by place.
 
     The norm is rounded, because another machine may have computed other last digits.
@@ -269,7 +269,7 @@ def _numbers(part) -> dict[str, object]:
     factors = getattr(getattr(part, "scheduler", part), "lr_lambdas", ())
     hooks = getattr(part, "_optimizer_step_post_hooks", {}).values()
     # under names that the state has not, which an older file may hold without the functions
-    more = {"factors": list(map(_in_words, factors)), "step hooks": list(map(_in_words, hooks))}
+    more = {"factors": list(map(_described, factors)), "step hooks": list(map(_described, hooks))}
     return found | {key: words for key, words in more.items() if words}
 
 
@@ -278,7 +278,7 @@ def _numbers(part) -> dict[str, object]:
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _at_first(thing, describe: Callable):
+def _as_first_seen(thing, describe: Callable):
     """Return describe(thing) as a first run found it, because rates and counters change in a run.
 
     What has changed since a run left it, somebody has set: that is described as it is now.
@@ -293,7 +293,9 @@ def _at_first(thing, describe: Callable):
     return seen[describe][2]
 
 
-def leave(model: nn.Module, functions: Mapping[str, Callable | None], **stepped: Iterable) -> None:
+def note_settings(
+    model: nn.Module, functions: Mapping[str, Callable | None], **stepped: Iterable
+) -> None:
     """Note how a run leaves its settings: what it changed itself, nobody else has set.
 
     Arguments as in `settings`.

@@ -548,7 +548,7 @@ def freeze_point(alphas: Sequence[float]) -> int:
     if rates.ndim != 1 or not len(rates) or not ((rates >= 0) & (rates <= 1)).all():
         raise ValueError("need a sequence of rates, each from 0 to 1")
     left = np.cumsum(rates[::-1])[::-1]
-    return int(np.searchsorted(-left, -1.0))
+    return int(np.searchsorted(-left, -1.0 - 1e-9))  # sums are rounded
 
 
 def decaying_direct_form(alphas: Sequence[float], gamma: float) -> list[tuple[NDArray, NDArray]]:

@@ -4,15 +4,22 @@ Python launches a step's hundreds of kernels one by one. If they are small, the 
 Python; a graph is a single launch.
 """
 
+import contextlib
 import functools
 import gc
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from bnnbook.layers import QUANTIZED
+
+# By how much a replayed gradient may differ from a step's, relative to its norm. They round alike;
+# what Python draws or counts makes them differ by far more.
+MOST_OFF = 0.01
 WARM_UP = 3  # runs before the recording, in which libraries choose and load their kernels
 # Where torch keeps the hooks of a module or a parameter.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -65,6 +72,96 @@ class Graph:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Return a device's one stream for recordings: cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+class GraphedPasses:
+    """The forward and backward pass of a run of `training.train`, replayed as a CUDA graph.
+
+    Called with the places of a batch's images, it returns their loss and hits, and leaves the
+    gradients at the parameters. Raises GraphError for passes that a replay does not repeat.
+    """
+
+    def __init__(self, run):
+        self.index = torch.arange(run.batch_size, device=run.device)
+        self.parameters = run.parameters
+        with _undone(run):
+            self.graph = Graph(partial(self.step, run, self.index), run.device)
+        self.fixed = _fixed_in_a_graph(run)
+        self.grads = [parameter.grad for parameter in self.parameters]
+        self.check(run)
+        self.check_fixed(run)
+
+    def step(self, run, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients into new tensors; the graph keeps those of its recording."""
+        run.clear_gradients()
+        return run.passes(index)
+
+    def check(self, run) -> None:
+        """Raise GraphError if a replay on other images differs from an ordinary step on them."""
+        index = (self.index + run.batch_size) % len(run.labels)
+        with _undone(run):
+            self.step(run, index)
+        stepped = [p.grad for p in self.parameters if p.grad is not None]
+        with _undone(run):
+            self(index)
+        replayed = [p.grad for p in self.parameters if p.grad is not None]
+        off = sum((a - b).float().norm() ** 2 for a, b in zip(stepped, replayed, strict=True))
+        if off > MOST_OFF**2 * sum(a.float().norm() ** 2 for a in stepped):
+            raise GraphError(
+                "replayed as a CUDA graph, the step gives other gradients. If augment, "
+                "preprocess, the loss or the model uses a number that Python draws or counts, "
+                "train with graph=False"
+            )
+        run.clear_gradients()
+
+    def check_fixed(self, run) -> None:
+        """Raise GraphError if something has changed that a replay takes as it was recorded."""
+        now = _fixed_in_a_graph(run)
+        changed = [name for name in {**self.fixed, **now} if self.fixed.get(name) != now.get(name)]
+        if changed:
+            raise GraphError(
+                f"{changed[0]} has changed since the step was recorded as a CUDA graph, and a "
+                "replay would not know: train with graph=False, or change tensors in place"
+            )
+
+    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        self.index.copy_(index)
+        outputs = self.graph()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad  # `clear_gradients` has set it to None
+        return outputs
+
+
+def _fixed_in_a_graph(run) -> dict[str, object]:
+    """Return, by name, what a replay takes as recorded: where tensors are, and plain numbers."""
+    found: dict[str, object] = {}
+    for prefix, part in (("", run.model), ("loss", run.loss)):
+        if not isinstance(part, nn.Module):
+            continue
+        for name, tensor in (*part.named_parameters(prefix), *part.named_buffers(prefix)):
+            found[name] = tensor.data_ptr(), tensor.requires_grad
+        for name, module in part.named_modules(prefix=prefix):
+            for key, value in vars(module).items():
+                if type(value) in (bool, int, float, str) and key != "training":
+                    found[f"{key} of {name or 'the network'}"] = value
+                elif key in QUANTIZED:
+                    found[f"{key} of {name or 'the network'}"] = id(value)
+    return found
+
+
+@contextlib.contextmanager
+def _undone(run):
+    """Undo what the passes change besides gradients: buffers and the random generators."""
+    modules = [part for part in (run.model, run.loss) if isinstance(part, nn.Module)]
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    devices = [run.device] if run.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def is_wanted(device: torch.device) -> bool:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnnbook.binarize import approx_sign, sign, ste_sign, stochastic_sign, swish_sign
+from bnnbook.binarize import (
+    approx_sign,
+    function_of,
+    sign,
+    ste_sign,
+    stochastic_sign,
+    swish_sign,
+)
 from bnnbook.layers import (
     GEOMETRY,
     QUANTIZED,
@@ -199,7 +206,7 @@ class Packed(nn.Module):
 
 def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
     """Return a layer's binary weights, and its channels' scales unless they are all 1."""
-    draws = _function(layer.weight_quantizer) is stochastic_sign
+    draws = function_of(layer.weight_quantizer) is stochastic_sign
     with _undrawn(layer.weight):
         weight = layer.weight if draws else layer.binary_weight().detach()
         draws = draws or not weight.equal(layer.binary_weight())
@@ -217,11 +224,11 @@ def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
 
 def _is_sign(quantizer: Callable | None, weight: Tensor) -> bool:
     """Return whether a quantizer of inputs is the sign; weight: gives the dtype and the device."""
-    if _function(quantizer) in SIGNS:
+    if function_of(quantizer) in SIGNS:
         return True
     # one with a state may become another function when that is loaded
     stateful = isinstance(quantizer, nn.Module) and quantizer.state_dict()
-    if quantizer is None or stateful or _function(quantizer) is stochastic_sign:
+    if quantizer is None or stateful or function_of(quantizer) is stochastic_sign:
         return False
     ends = torch.finfo(weight.dtype)
     extremes = weight.new_tensor([0.0, -0.0, ends.tiny, -ends.tiny, ends.max, ends.min])
@@ -241,10 +248,6 @@ def _undrawn(weight: Tensor):
     devices = [weight.device] if weight.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         yield
-
-
-def _function(quantizer: Callable | None) -> Callable | None:
-    return getattr(quantizer, "func", quantizer)  # functools.partial keeps the function inside
 
 
 def _check_maps(x: Tensor, channels: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnnbook.binarize import sign, ste_sign
+from bnnbook.binarize import function_of, sign, ste_sign
 
 Quantizer = Callable[[Tensor], Tensor]
 QUANTIZED = ("weight_quantizer", "input_quantizer")
@@ -121,12 +121,10 @@ class BinaryLayer:
 
 
 def _name(quantizer: Quantizer) -> str:
-    function = getattr(quantizer, "func", quantizer)  # functools.partial keeps the function inside
+    function = function_of(quantizer)
     name = getattr(function, "__name__", type(function).__name__)
-    options = getattr(quantizer, "keywords", {})
-    return name + (
-        "(" + ", ".join(f"{k}={_shown(v)}" for k, v in options.items()) + ")" if options else ""
-    )
+    options = [f"{k}={_shown(v)}" for k, v in getattr(quantizer, "keywords", {}).items()]
+    return f"{name}({', '.join(options)})" if options else name
 
 
 def _shown(option) -> str:
@@ -284,6 +282,9 @@ class ExpertBinaryConv2d(BinaryConv2d):
         """Return (N, out_channels, H', W') for x of shape (N, in_channels, H, W)."""
         scores = self._scores(x)
         samples = scores.shape[0]  # not len(), a constant to torch.export
+        if samples == 0:  # torch convolves in one group at least; any expert will do
+            x, weight = self.quantized_input(x), self.binary_weight()[0]
+            return self._convolve(x, weight, self.bias, self.groups)
         weight = self._chosen(scores, self.binary_weight().flatten(1))
         # one grouped convolution for all samples: they stand side by side, as channels of one
         x = self.quantized_input(x).flatten(0, 1)[None]
@@ -555,14 +556,19 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
 
 def replace_parts(network: nn.Module, parts: dict[nn.Module, nn.Module]) -> None:
     """Replace parts of a network wherever its modules hold them: as modules, or in a list too."""
+    by_id = {id(old): new for old, new in parts.items()}
     for module in list(network.modules()):
-        _swap(vars(module), {id(old): new for old, new in parts.items()})
+        if getattr(module, "_orig_mod", None) in parts:  # its forward is bound to the old layer
+            raise ValueError("a layer that torch.compile has compiled by itself cannot be "
+                             "replaced: compile it, or the whole network, afterwards")  # fmt: skip
+        _swap(vars(module), by_id)
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # no fast path, which would not call its layers
 
 
 def _swap(value, new: dict[int, nn.Module], depth: int = 4):
     """Return a value with the modules of these ids replaced; lists and dicts change in place."""
+    # the attributes, a list or dict of them, and two more within: deeper is somebody's data
     if depth and isinstance(value, dict):
         for key, part in value.items():
             value[key] = _swap(part, new, depth - 1)
@@ -668,7 +674,11 @@ def attention_map(features: Tensor) -> Tensor:
     """
     if features.dim() != 4:
         raise ValueError(f"features must be (N, C, H, W), not {tuple(features.shape)}")
-    energy = features.float().square().sum(1).flatten(1)
+    features = features.float()
+    largest = features.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
+    # a power of two, which rounds nothing: the squares of large or small numbers would be inf or 0
+    scale = largest.frexp().mantissa / largest
+    energy = (scale * features).square().sum(1).flatten(1)
     return F.normalize(energy, dim=1)
 
 
@@ -715,7 +725,9 @@ def bipolar_penalty(weights: Iterable[Tensor], strength: float) -> Tensor:
     """
     if strength < 0:
         raise ValueError(f"strength must not be negative, not {strength!r}")
-    parts = [(1 - weight.square()).sum() for weight in weights]
+    # a sum in half precision would overflow, or lose what is small
+    parts = [(1 - weight.square()).sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+             for weight in weights]  # fmt: skip
     if not parts:
         raise ValueError("there are no weights to regularise")
     return strength * torch.stack(parts).sum()

@@ -20,6 +20,7 @@ a scheduler set any other rate.
 import functools
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -77,7 +78,11 @@ class FlipOptimizer(torch.optim.Optimizer):
     binary = True  # the weights are exactly -1 or +1
 
     def __init__(self, params: Iterable, defaults: dict):
-        super().__init__(params, _with_lr(defaults, self.lr_name))
+        defaults, params = _with_lr(defaults, self.lr_name), list(params)
+        for group in params:  # before the weights of any group are changed
+            if isinstance(group, dict):
+                self.check({**defaults, **_with_lr(group, self.lr_name)})
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, after a check of its rates; binary weights become ±1 (0 becomes either)."""
@@ -156,7 +161,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         weights = [weight for weight in group["params"] if weight.grad is not None]
         gradients = []
         for weight in weights:
-            dtype = _wide(weight)
+            dtype = _buffer_dtype(weight)
             for name in names:
                 if name not in self.state[weight]:
                     self.state[weight][name] = torch.zeros_like(weight, dtype=dtype)
@@ -165,12 +170,21 @@ class FlipOptimizer(torch.optim.Optimizer):
         return weights, gradients, [[self.state[w][name] for w in weights] for name in names]
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore buffers and rates; buffers of half-precision weights stay in float32."""
+        """Restore buffers and rates; buffers of half-precision weights stay in float32.
+
+        Raises ValueError for the state of another kind of optimizer, before anything is changed.
+        """
+        missing = set(self.defaults).difference(*state_dict["param_groups"])
+        if missing:
+            raise ValueError(f"this is no state of {type(self).__name__}: its groups have no "
+                             f"{', '.join(sorted(missing))}")  # fmt: skip
         super().load_state_dict(state_dict)  # which casts each buffer to its weight's type
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():
             weight = weights[index]
-            wide = {k: v.to(weight.device, _wide(weight), copy=True) for k, v in saved.items()}
+            wide = {
+                k: v.to(weight.device, _buffer_dtype(weight), copy=True) for k, v in saved.items()
+            }
             self.state[weight].update(wide)
 
 
@@ -182,7 +196,7 @@ def _with_lr(group: dict, name: str) -> dict:
     return group
 
 
-def _wide(weight: Tensor) -> torch.dtype:
+def _buffer_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype of a weight's buffers: half precision would lose small updates."""
     return torch.promote_types(weight.dtype, torch.float32)
 
@@ -277,7 +291,7 @@ class CascadedEMA(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma and alpha as they are in this step."""
-        return _scheduled(group, "gamma"), _scheduled(group, "lr")
+        return _in_bounds(group, "gamma"), _in_bounds(group, "lr")
 
 
 class Bop(FlipOptimizer):
@@ -338,7 +352,7 @@ class Bop(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma and threshold as they are in this step."""
-        return _scheduled(group, "lr"), _scheduled(group, "threshold", math.inf)
+        return _in_bounds(group, "lr"), _in_bounds(group, "threshold", math.inf)
 
 
 class LatentSGD(FlipOptimizer):
@@ -412,7 +426,7 @@ class LatentSGD(FlipOptimizer):
         lr, decay, clip = group["lr"], group["weight_decay"], group["clip"]
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be a number >= 0, not {lr}")
-        if not -math.inf < lr * decay <= 1:
+        if not -math.inf < lr * decay <= 1 + 1e-9:
             raise ValueError(f"lr * weight_decay must be at most 1, not {lr} * {decay}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be None or > 0, not {clip}")
@@ -420,9 +434,10 @@ class LatentSGD(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma, lr times weight_decay, lr and, if there is one, the clipping bound."""
+        lr, gamma = _in_bounds(group, "lr", math.inf), _in_bounds(group, "gamma")
+        LatentSGD.check({**group, "lr": lr, "gamma": gamma or 1.0})  # a schedule may end at 0
         clip = () if group["clip"] is None else (group["clip"],)
-        lr = _scheduled(group, "lr", math.inf)
-        return _scheduled(group, "gamma"), lr * group["weight_decay"], lr, *clip
+        return gamma, lr * group["weight_decay"], lr, *clip
 
 
 class CounterSGD(FlipOptimizer):
@@ -441,8 +456,8 @@ class CounterSGD(FlipOptimizer):
     it flips if :math:`\varepsilon \nabla \theta > 1`, or with probability
     :math:`\varepsilon \nabla \theta / 2`.
 
-    params: latent weights, or groups of them; they become counters, the nearest to V times each
-    that have their sign.
+    params: latent weights w, or groups of them; each becomes the odd integer nearest to V w that
+    has its sign. A tensor that holds odd integers only, and not only ±1, holds counters already.
     The counters are stored as floating-point numbers, exactly; a device would use b bits. In a
     network they take a quantizer that passes every gradient, such as `ste_sign` with
     ``clip_value=None``: its default stops those of all counters but ±1.
@@ -474,6 +489,9 @@ class CounterSGD(FlipOptimizer):
         super().add_param_group(param_group)
         bound = 2 ** self.param_groups[-1]["bits"] - 1
         for weight in self.param_groups[-1]["params"]:
+            if _are_counters(weight):  # as in a network that was loaded first
+                weight.clamp_(-bound, bound)
+                continue
             size = 1 + _even(weight.abs() * bound - 1, stochastic=False)
             # the sign of a weight near 0 is kept, too
             weight.copy_(sign(weight) * size.clamp_(max=bound))
@@ -501,7 +519,14 @@ class CounterSGD(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple:
         """Return lr, bits and the kind of rounding."""
-        return _scheduled(group, "lr", math.inf), group["bits"], group["stochastic"]
+        lr = _in_bounds(group, "lr", math.inf)
+        CounterSGD.check({**group, "lr": lr})
+        return lr, group["bits"], group["stochastic"]
+
+
+def _are_counters(weight: Tensor) -> bool:
+    """Return whether these are odd integers, but not all ±1, as binary weights are."""
+    return bool((weight.abs() > 1).any() and (weight.remainder(2) == 1).all())
 
 
 def _even(moves: Tensor, stochastic: bool) -> Tensor:
@@ -564,7 +589,7 @@ class RankedFlips(FlipOptimizer):
     @staticmethod
     def update(weights, gradients, buffers, fraction, evidence, alpha, gamma) -> None:
         """Do one step of the rule on lists of tensors."""
-        found = _average(gradients, buffers, evidence, alpha, gamma)
+        found = _evidence(evidence, gradients, buffers, alpha, gamma)
         for weight, e in zip(weights, found, strict=True):
             strength = e * weight
             if evidence in ("asked", "random"):
@@ -591,28 +616,27 @@ class RankedFlips(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple:
         """Return the fraction as it is in this step, the evidence and the averages' rates."""
-        averages = _scheduled(group, "alpha"), _scheduled(group, "gamma")
-        return _scheduled(group, "lr"), group["evidence"], *averages
+        averages = _in_bounds(group, "alpha"), _in_bounds(group, "gamma")
+        return _in_bounds(group, "lr"), group["evidence"], *averages
 
 
-def _average(gradients: Tensors, buffers, evidence: str, alpha, gamma) -> Tensors:
-    """Update the buffers in place and return the evidence e of `RankedFlips`."""
-    if not buffers:
+def _evidence(kind: str, gradients: Tensors, buffers, alpha, gamma) -> Tensors:
+    """Return the evidence e of `RankedFlips`, whose averages are updated in place."""
+    if not buffers:  # "gradient"; and "random", for which only the shape counts
         return gradients
-    if evidence == "first":
-        (m,) = buffers
-        decayed_sum(m, gradients, alpha, alpha)
-        return m
-    if evidence == "normalised":
-        m, v = buffers
-        decayed_sum(m, gradients, alpha, alpha)
-        decayed_sum(v, torch._foreach_mul(gradients, gradients), alpha, alpha)
+    if kind == "first":
+        (g,) = buffers
+        decayed_sum(g, gradients, alpha, alpha)
+        return g
+    first, second = buffers
+    if kind == "normalised":  # the averages m of the gradients and v of their squares
+        decayed_sum(first, gradients, alpha, alpha)
+        decayed_sum(second, torch._foreach_mul(gradients, gradients), alpha, alpha)
         # 0 where no gradient ever came, instead of 0/0
-        return [a / b.sqrt().clamp_min(TINY) for a, b in zip(m, v, strict=True)]
-    m, g = buffers
-    decayed_sum(m, gradients, gamma, gamma)
-    decayed_sum(g, m, alpha, alpha)
-    return g
+        return [m / v.sqrt().clamp_min(TINY) for m, v in zip(first, second, strict=True)]
+    decayed_sum(first, gradients, gamma, gamma)
+    decayed_sum(second, first, alpha, alpha)
+    return second
 
 
 def flip_strongest(weight: Tensor, strength: Tensor, count: int) -> None:
@@ -641,7 +665,7 @@ def flip_strongest(weight: Tensor, strength: Tensor, count: int) -> None:
     weight.copy_(flipped.view(weight.shape))
 
 
-def _scheduled(group: dict, name: str, most: float = 1.0) -> float:
+def _in_bounds(group: dict, name: str, most: float = 1.0) -> float:
     """Return a number that a scheduler may have changed, even to 0, from 0 to ``most``."""
     rate = min(max(group[name], 0.0), most)
     if not abs(rate - group[name]) < 1e-9:  # LinearLR's rounding may miss 0 or 1 by a little
@@ -654,24 +678,27 @@ class _RateAsLR(dict):
 
     def __init__(self, optimizer: torch.optim.Optimizer, index: int, name: str):
         super().__init__(params=[])
-        self.optimizer, self.index = optimizer, index
-        self.names = {"lr": name, "initial_lr": f"initial_{name}"}
+        self.optimizer, self.index, self.name = optimizer, index, name
 
     @property
     def group(self) -> dict:  # looked up at each use: load_state_dict replaces the groups
         return self.optimizer.param_groups[self.index]
 
+    def renamed(self, key: str) -> str:
+        """Return this rate's key for one of the learning rate: lr, initial_lr, max_lr, ..."""
+        return key.replace("lr", self.name)
+
     def __contains__(self, key):
-        return self.names.get(key, key) in self.group
+        return self.renamed(key) in self.group
 
     def __getitem__(self, key):
-        return self.group[self.names.get(key, key)]
+        return self.group[self.renamed(key)]
 
     def __setitem__(self, key, value):
-        self.group[self.names.get(key, key)] = value
+        self.group[self.renamed(key)] = value
 
     def setdefault(self, key, default=None):
-        return self.group.setdefault(self.names.get(key, key), default)
+        return self.group.setdefault(self.renamed(key), default)
 
 
 class _StandIn(torch.optim.Optimizer):
@@ -699,7 +726,8 @@ def rate_as_lr(optimizer: torch.optim.Optimizer, name: str) -> torch.optim.Optim
     >>> optimizer.param_groups[0]["gamma"]
     0.05
     """
-    numbers = [k for k, v in optimizer.param_groups[0].items() if type(v) in (int, float)]
+    first = optimizer.param_groups[0]
+    numbers = [k for k, v in first.items() if isinstance(v, Real) and not isinstance(v, bool)]
     if name not in numbers:
         raise ValueError(f"no rate {name!r} in the groups; known: {', '.join(numbers)}")
     return _StandIn(optimizer, name)

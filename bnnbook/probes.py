@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnnbook.binarize import function_of
 from bnnbook.layers import BinaryLayer, ExpertBinaryConv2d, binary_layers
 
 
@@ -201,7 +202,7 @@ class C2I(_OfWeights):
 
     def state_dict(self) -> dict:
         """Return the initial signs."""
-        return {"initial": self.initial}
+        return {"initial": self.initial.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the initial signs of the run that is resumed."""
@@ -366,6 +367,10 @@ class GradientSample(_Hooked):
         generator = torch.Generator().manual_seed(self.seed)
         weights = {name: layer.weight for name, layer in _named_binary_layers(model).items()
                    if layer.weight.requires_grad}  # fmt: skip
+        computed = [name for name, weight in weights.items() if not weight.is_leaf]
+        if computed:
+            raise ValueError(f"{computed[0]}.weight is computed from other parameters, as by a "
+                             "parametrization, and keeps no gradient")  # fmt: skip
         device = _device(list(weights.values()))
         self.indices = {}
         for name, weight in weights.items():
@@ -408,9 +413,13 @@ class GradientSample(_Hooked):
         return {"steps": self.steps, "gradients": self.buffer[: self._rows()].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on recording from a saved state."""
+        """Go on recording from a saved state; ValueError for one of other weights or steps."""
+        rows, width = state["gradients"].shape
+        if width != self.buffer.shape[1] or rows > self.capacity:
+            raise ValueError(f"the state has {rows} steps of {width} weights, this probe records "
+                             f"{self.capacity} of {self.buffer.shape[1]}")  # fmt: skip
         self.steps = state["steps"]
-        self.buffer[: len(state["gradients"])] = state["gradients"].to(self.buffer.device)
+        self.buffer[:rows] = state["gradients"].to(self.buffer.device)
         if self.steps >= self.after + self.capacity:
             self.stop()
 
@@ -537,8 +546,8 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _name(quantizer) -> str:
-    quantizer = getattr(quantizer, "func", quantizer)  # functools.partial has the function inside
-    return "" if quantizer is None else getattr(quantizer, "__name__", type(quantizer).__name__)
+    function = function_of(quantizer)
+    return "" if function is None else getattr(function, "__name__", type(function).__name__)
 
 
 def require_binary(model: nn.Module, scaled: bool = False) -> None:

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -32,7 +32,6 @@ from bnnbook.records import Record
 
 SEEDS = (0, 1, 2)
 GRACE = 20.0  # seconds before the end in which unfinished runs write their checkpoints
-STOPS = (signal.SIGINT, signal.SIGTERM)  # the signals that stop a run
 # Recipes that agree in these settings take about as long for an epoch.
 LIKE = ("dataset", "network", "hidden", "widths", "blocks", "width", "experts", "batch_size")
 
@@ -57,7 +56,7 @@ class Job:
     @property
     def recipe(self):
         """The experiment's recipe at this scale, before the variant changes it."""
-        return experiments.find(self.experiment)[2][self.scale]
+        return experiments.find(self.experiment).recipes[self.scale]
 
     @property
     def planned(self) -> int:
@@ -106,8 +105,8 @@ def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int]
         Job(name, variant, seed, scale, epochs)
         for seed in seeds
         for name in named
-        if scale in experiments.find(name)[2]
-        for variant in experiments.find(name)[1]
+        if scale in experiments.find(name).recipes
+        for variant in experiments.find(name).variants
     ]
 
 
@@ -115,11 +114,26 @@ def _meant_by(name: str, scale: str) -> list[str]:
     """Return the experiments of this scale that a name stands for: itself, or all of a paper."""
     of_paper = [each for each in experiments.PRIORITY if each.startswith(f"{name}.")]
     found = of_paper or [name]
-    having = [each for each in found if scale in experiments.find(each)[2]]
+    having = [each for each in found if scale in experiments.find(each).recipes]
     if not having:
-        known = ", ".join(experiments.find(found[0])[2])
+        known = ", ".join(experiments.find(found[0]).recipes)
         raise ValueError(f"{name} has no {scale} scale; known: {known}")
     return having
+
+
+def possible(jobs: Iterable[Job], say: Callable[[str], object]) -> list[Job]:
+    """Return the jobs that have epochs enough for all their steps; ``say`` which have not."""
+    found, told = [], set()
+    for job in jobs:
+        try:
+            epochs = job.planned
+        except ValueError as error:
+            if job.experiment not in told:
+                say(f"{job.experiment} is left out: {error}")
+            told.add(job.experiment)
+        else:
+            found += [job] * (epochs > 0)
+    return found
 
 
 # --- What there is -----------------------------------------------------------------------------
@@ -150,7 +164,7 @@ def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> Stat
         return State("recorded", "recorded")
     checkpoint = job.checkpoint(runs, device)
     if checkpoint.is_dir():  # only the experiment knows how many trainings it will have
-        epochs, _ = so_far(checkpoint)
+        epochs, _ = epochs_and_seconds(checkpoint)
         return State("partial", f"partial, {epochs} epochs of several trainings")
     if checkpoint.exists():
         return State("partial", f"partial, {epochs_done(checkpoint)} of {job.planned} epochs")
@@ -172,17 +186,17 @@ def length_of(record: Record) -> int:
 
 def epochs_done(checkpoint: Path) -> int:
     """Return the completed epochs in a checkpoint; 0 if it is missing, damaged or a folder."""
-    return so_far(checkpoint)[0] if checkpoint.is_file() else 0
+    return epochs_and_seconds(checkpoint)[0] if checkpoint.is_file() else 0
 
 
-def so_far(checkpoint: Path) -> tuple[int, float]:
+def epochs_and_seconds(checkpoint: Path) -> tuple[int, float]:
     """Return the completed epochs in a checkpoint, or in all those of a folder, and their seconds.
 
     A damaged checkpoint counts as nothing.
     """
     if checkpoint.is_dir():
         try:
-            each = [so_far(path) for path in checkpoint.rglob("*.pt")]
+            each = [epochs_and_seconds(path) for path in checkpoint.rglob("*.pt")]
         except OSError:  # the run has just ended, and its folder is being removed
             return 0, 0.0
         return sum(epochs for epochs, _ in each), sum(seconds for _, seconds in each)
@@ -390,7 +404,7 @@ class _Crew:
         """Return the seconds that a job will still take; 0 if they cannot be estimated."""
         checkpoint = job.checkpoint(self.runs, self.device)
         if checkpoint.is_dir():  # its epochs are those of several trainings
-            _, seconds = so_far(checkpoint)
+            _, seconds = epochs_and_seconds(checkpoint)
             return max(0.0, (estimate(job, self.measured) or 0) - seconds)
         return estimate(job, self.measured, epochs_done(checkpoint)) or 0
 
@@ -489,7 +503,7 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, graph=T
     if not graph:
         os.environ["BNNBOOK_GRAPHS"] = "0"
     try:
-        _hear_the_first_process_only()
+        _obey_the_parent_only()
         if threads is not None:
             torch.set_num_threads(threads)
         if checkpoint_minutes is not None:
@@ -528,7 +542,8 @@ def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -
 def lock(job: Job, runs: Path):
     """Hold the lock of a run, and yield whether it is ours; a process that dies releases it.
 
-    There is one lock for all devices and precisions, because their records would be the same file.
+    There is one lock for all devices, precisions and lengths, because their records would be the
+    same file.
     Where there are no such locks (Windows, some network file systems), it always counts as ours.
     """
     try:
@@ -536,7 +551,7 @@ def lock(job: Job, runs: Path):
     except ImportError:
         yield True
         return
-    path = runs / f"{job.file_name}.pt.lock"
+    path = runs / f"{replace(job, epochs=None).file_name}.pt.lock"
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -571,29 +586,22 @@ def _remove_parts(job: Job, results: Path | None, runs: Path, device: str) -> No
 def _stops_noted():
     """Yield a list that collects Ctrl-C and SIGTERM, which then interrupt nothing."""
     stops: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    with training.stops_handled(lambda number, frame: stops.append(number)):
         yield stops
-        return
-    before = [signal.signal(n, lambda number, frame: stops.append(number)) for n in STOPS]
-    try:
-        yield stops
-    finally:
-        for number, handler in zip(STOPS, before, strict=True):
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _stops_held_back():
     """Block Ctrl-C and SIGTERM in a process started here, until it unblocks them itself."""
     resource_tracker.ensure_running()  # else starting it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, training.STOPS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _hear_the_first_process_only() -> None:
+def _obey_the_parent_only() -> None:
     """Turn SIGTERM, even a pending one, into a KeyboardInterrupt, and ignore Ctrl-C.
 
     Ctrl-C on a terminal reaches every process of the group. Only the parent shall react to it, by
@@ -603,7 +611,7 @@ def _hear_the_first_process_only() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_stop_without_parent, daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, training.STOPS)
 
 
 def _interrupt(number, frame) -> None:

@@ -344,15 +344,21 @@ def read(path: str | os.PathLike) -> Record:
     """Read one record.
 
     Raises RecordError for a damaged file, which is moved aside to NAME.json.corrupt, and for a
-    record of a later format, which stays where it is; and OSError for an unreadable file.
+    record of a later format or under the name of another run, which stays where it is; and OSError
+    for an unreadable file.
     """
     path = Path(path)
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        record = parse(path.read_text(encoding="utf-8"))
     except _NewerFormatError as error:  # not damaged: it stays where it is
         raise RecordError(f"{path}: {error}; install the newest bnnbook") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise RecordError(f"{path} is damaged: {error}; {_move_aside(path)}") from error
+    own = record_path(record.experiment, record.variant, record.seed, record.scale)
+    if not path.resolve().match(str(own.relative_to(results_folder()))):
+        raise RecordError(f"{path} holds the record of another run, whose file is {own.name} in "
+                          f"{own.parent.name}: move it there, or remove it")  # fmt: skip
+    return record
 
 
 def _move_aside(path: Path) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import inspect
 import itertools
 import os
 import re
@@ -14,8 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -23,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from bnnbook import checkpoints, graphs
+from bnnbook import _checks, checkpoints, graphs
+from bnnbook._checks import parameters_of
 from bnnbook.data import Dataset, unit_range
-from bnnbook.layers import QUANTIZED, BinaryLayer, binary_layers
-from bnnbook.optim import CounterSGD
+from bnnbook.layers import binary_layers
 
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
 FUNCTIONS = ("loss", "augment", "preprocess", "test_model", "stop")  # arguments of `train`
@@ -34,16 +31,14 @@ FUNCTIONS = ("loss", "augment", "preprocess", "test_model", "stop")  # arguments
 COLUMNS = ("epoch", "train_loss", "train_accuracy", "validation_accuracy", "test_accuracy", "lr",
            "seconds")  # fmt: skip
 SHOWN = ("train_loss", "validation_accuracy", "test_accuracy")  # on the progress bar
-# By how much a replayed gradient may differ, relative to its norm: a replay rounds as a step does.
-MOST_OFF = 0.01
 # What BNNBOOK_PRECISION may name: autocast's dtype, None for none.
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+STOPS = (signal.SIGINT, signal.SIGTERM)  # the signals that stop a run
 CHECKPOINT_MINUTES = 5.0  # between two checkpoints, unless `train` is given another number
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss or a tensor of the run became infinite or NaN; the message says which, and when."""
+    """The loss, a weight, a buffer or an optimizer's average became infinite or NaN."""
 
 
 @dataclass
@@ -283,9 +278,9 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     probes: one or several, see `bnnbook.probes`.
     test_model: a function of the model that returns the network to evaluate; by default the model.
     evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
-    stop: a function of the history's rows so far; where it returns True after an epoch, that was
-    the last one. It should depend on the rows alone, so that a resumed run ends at the same epoch.
-    With an ``evaluate_every`` above 1, the rows between two evaluations have no accuracies.
+    stop: a function of the rows so far, called after each epoch; the run ends where it returns
+    True. It should depend on the rows alone, so that a resumed run ends at the same epoch. With
+    an ``evaluate_every`` above 1, the rows between two evaluations have no accuracies.
     device: "cpu", "cuda", "auto" (CUDA if available) or None for the model's own; it must be of
     the same type as the model's.
     autocast: compute in the dtype that `autocast_dtype` chooses: on a CPU usually float32.
@@ -309,45 +304,46 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     the values they were made with, not by their code, and probes by their classes only.
     progress: show a progress bar; by default only on a terminal and on Colab.
 
-    Raises NonFiniteLossError if the loss becomes infinite or NaN, or, as is looked up after the
-    first step and after each epoch, a parameter, a buffer (a mask's -inf excepted) or an
-    optimizer's average; checkpoints.CheckpointError for a checkpoint that is damaged or of another
+    Raises NonFiniteLossError if the loss becomes infinite or NaN; after the first step and after
+    each epoch, parameters, buffers (a mask's -inf excepted) and optimizers' averages are looked
+    at as well. Raises checkpoints.CheckpointError for a checkpoint that is damaged or of another
     run, graphs.GraphError for a step that cannot be recorded, ValueError or TypeError for
     unsuitable arguments, and KeyboardInterrupt on Ctrl-C.
     """
     if checkpoint_minutes is None:
         checkpoint_minutes = CHECKPOINT_MINUTES
     device = _device_of(model) if device is None else choose_device(device)
-    run = _Run(model, data, optimizers, epochs=epochs, batch_size=batch_size, loss=loss,
-               augment=augment, preprocess=preprocess, schedulers=_as_tuple(schedulers),
-               probes=_as_tuple(probes), test_model=test_model, every=evaluate_every, stop=stop,
-               seed=seed, device=device, autocast=autocast, compile=compile, graph=graph,
-               checkpoint=checkpoint and Path(checkpoint), minutes=checkpoint_minutes)  # fmt: skip
-    with (
-        _reproducible(run.device, run.seed), _stop_signals(run), _hooks_off_after(run.probes),
-        _settings_left(run), _bar(run, progress) as bar,
-    ):  # fmt: skip
-        run.start_probes()
-        run.resume()
-        run.begun = True
-        is_over = run.is_over()
-        if not is_over:
-            run.record_graph()
-        while not is_over:
-            bar.update(run.epoch - bar.n)
-            train_epoch(run)
-            run.end_epoch()
-            bar.set_postfix(run.summary())
-            run.save_when_due()
+    run = _Run(
+        model=model, data=data, optimizers=_as_tuple(optimizers), epochs=epochs,
+        batch_size=batch_size, loss=loss, augment=augment, preprocess=preprocess,
+        schedulers=_as_tuple(schedulers), probes=_as_tuple(probes), test_model=test_model,
+        evaluate_every=evaluate_every, stop=stop, seed=seed, device=device, autocast=autocast,
+        compile=compile, graph=graph, checkpoint=checkpoint and Path(checkpoint),
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    with _reproducible(run.device, run.seed), _stop_signals(run), _bar(run, progress) as bar:
+        try:
+            run.begin()
             is_over = run.is_over()
-        bar.update(run.epoch - bar.n)
-        run.save_if_possible()
-        run.save_when_due()  # after Ctrl-C in the meantime, raise: nothing else shall begin
+            if not is_over:
+                run.record_graph()
+            while not is_over:
+                bar.update(run.epoch - bar.n)
+                train_epoch(run)
+                run.end_epoch()
+                bar.set_postfix(run.summary())
+                run.save_when_due()
+                is_over = run.is_over()
+            bar.update(run.epoch - bar.n)
+            run.save_if_possible()
+            run.save_when_due()  # after Ctrl-C in the meantime, raise: nothing else shall begin
+        finally:
+            run.end()
     return History(run.rows)
 
 
 def train_epoch(run: "_Run") -> None:
-    """Run the remaining steps of the run's current epoch."""
+    """Run the remaining steps of an epoch of `train`, which alone can call this."""
     run.model.train()
     run.check_replay()
     order = epoch_order(len(run.labels), run.seed, run.epoch).to(run.device)
@@ -358,10 +354,10 @@ def train_epoch(run: "_Run") -> None:
 
 
 def train_step(run: "_Run", index: Tensor) -> None:
-    """Take one step on the training images at ``index``; loss and hits stay on the device."""
+    """Take one step of `train` on the images at ``index``; loss and hits stay on the device."""
     value, hits = run.gradients(index)
     for optimizer in run.optimizers:
-        if any(p.grad is not None for p in _parameters_of(optimizer)):
+        if any(p.grad is not None for p in parameters_of(optimizer)):
             run.scaler.step(optimizer)
         else:  # of frozen layers, which the scaler would refuse
             optimizer.step()
@@ -371,60 +367,6 @@ def train_step(run: "_Run", index: Tensor) -> None:
         probe.step()
     run.losses[run.step] = value
     run.hits += hits
-
-
-class _GraphedGradients:
-    """`_Run.passes`, replayed as a CUDA graph."""
-
-    def __init__(self, run: "_Run"):
-        self.index = torch.arange(run.batch_size, device=run.device)
-        self.parameters = run.parameters
-        with _undone(run):
-            self.graph = graphs.Graph(partial(self.step, run, self.index), run.device)
-        self.fixed = _fixed_in_a_graph(run)
-        self.grads = [parameter.grad for parameter in self.parameters]
-        self.check(run)
-        self.check_fixed(run)
-
-    def step(self, run: "_Run", index: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients into new tensors; the graph keeps those of its recording."""
-        run.clear_gradients()
-        return run.passes(index)
-
-    def check(self, run: "_Run") -> None:
-        """Raise GraphError if a replay on other images differs from an ordinary step on them."""
-        index = (self.index + run.batch_size) % len(run.labels)
-        with _undone(run):
-            self.step(run, index)
-        stepped = [p.grad for p in self.parameters if p.grad is not None]
-        with _undone(run):
-            self(index)
-        replayed = [p.grad for p in self.parameters if p.grad is not None]
-        off = sum((a - b).float().norm() ** 2 for a, b in zip(stepped, replayed, strict=True))
-        if off > MOST_OFF**2 * sum(a.float().norm() ** 2 for a in stepped):
-            raise graphs.GraphError(
-                "replayed as a CUDA graph, the step gives other gradients. If augment, "
-                "preprocess, the loss or the model uses a number that Python draws or counts, "
-                "train with graph=False"
-            )
-        run.clear_gradients()
-
-    def check_fixed(self, run: "_Run") -> None:
-        """Raise GraphError if something has changed that a replay takes as it was recorded."""
-        now = _fixed_in_a_graph(run)
-        changed = [name for name in {**self.fixed, **now} if self.fixed.get(name) != now.get(name)]
-        if changed:
-            raise graphs.GraphError(
-                f"{changed[0]} has changed since the step was recorded as a CUDA graph, and a "
-                "replay would not know: train with graph=False, or change tensors in place"
-            )
-
-    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        self.index.copy_(index)
-        outputs = self.graph()
-        for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            parameter.grad = grad  # `clear_gradients` has set it to None
-        return outputs
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -453,34 +395,10 @@ def to_channels_last(model: nn.Module, optimizers: Iterable[torch.optim.Optimize
                     state[name] = value.contiguous(memory_format=torch.channels_last)
 
 
-def _fixed_in_a_graph(run: "_Run") -> dict[str, object]:
-    """Return, by name, what a replay takes as recorded: where tensors are, and plain numbers."""
-    found: dict[str, object] = {}
-    for prefix, part in (("", run.model), ("loss", run.loss)):
-        if not isinstance(part, nn.Module):
-            continue
-        for name, tensor in (*part.named_parameters(prefix), *part.named_buffers(prefix)):
-            found[name] = tensor.data_ptr(), tensor.requires_grad
-        for name, module in part.named_modules(prefix=prefix):
-            for key, value in vars(module).items():
-                if type(value) in (bool, int, float, str) and key != "training":
-                    found[f"{key} of {name or 'the network'}"] = value
-                elif key in QUANTIZED:
-                    found[f"{key} of {name or 'the network'}"] = id(value)
-    return found
-
-
-def _parameters_of(part) -> Iterable[Tensor]:
-    """Return the parameters that a module or an optimizer holds."""
-    if isinstance(part, nn.Module):
-        return part.parameters()
-    return (p for group in part.param_groups for p in group["params"])
-
-
 def _sums(data: Dataset) -> dict[str, object]:
     """Return the sums of the data's images, by name, if they are whole numbers.
 
-    The set's hash does not tell that images were replaced.
+    `dataclasses.replace` keeps a set's hash, so these tell that images were replaced.
     """
     sets = {name: getattr(data, f"{name}_images") for name in ("train", "validation", "test")}
     whole = {k: v for k, v in sets.items() if v is not None and not v.is_floating_point()}
@@ -489,60 +407,87 @@ def _sums(data: Dataset) -> dict[str, object]:
             for name, images in whole.items()}  # fmt: skip
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Run:
     """The state of a training run, and how it is written to a checkpoint and read back."""
 
-    def __init__(self, model, data, optimizers, *, epochs, batch_size, checkpoint, minutes, device,
-                 seed, compile, **settings):  # fmt: skip
-        self.optimizers = _as_tuple(optimizers)
-        _validate(
-            data, self.optimizers, epochs, settings["every"], batch_size, seed, model, device
-        )
-        _check_held(self.optimizers, model, settings["loss"])
-        _check_not_latent(self.optimizers, model)
-        _check_counters(self.optimizers, model)
-        _check_steps((*self.optimizers, *settings["schedulers"]))
-        self.__dict__.update(settings)
-        self.model, self.data, self.device, self.seed = model, data.to(device), device, int(seed)
-        self.epochs, self.batch_size = epochs, batch_size
-        self.checkpoint, self.minutes, self.signal = checkpoint, minutes, None
+    model: nn.Module  # these are the arguments of `train`, optimizers and the like as tuples
+    data: Dataset
+    optimizers: tuple
+    epochs: int
+    batch_size: int
+    loss: Callable
+    augment: Callable | None
+    preprocess: Callable
+    schedulers: tuple
+    probes: tuple
+    test_model: Callable | None
+    evaluate_every: int
+    stop: Callable | None
+    seed: int
+    device: torch.device
+    autocast: bool
+    compile: bool
+    graph: bool
+    checkpoint: Path | None
+    checkpoint_minutes: float
+
+    def __post_init__(self):
+        self.check()
+        self.data, self.seed = self.data.to(self.device), int(self.seed)
         self.labels = self.data.train_labels
-        self.steps = len(self.labels) // batch_size
-        self.channels_last = any(isinstance(m, nn.Conv2d) for m in model.modules())
-        if self.channels_last:
-            to_channels_last(model, self.optimizers)
-        self.forward = torch.compile(model) if compile else model
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=self.autocast and autocast_dtype(device) == torch.float16
-        )
-        self.losses = torch.zeros(self.steps, device=device)
-        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps = len(self.labels) // self.batch_size
         self.classes = int(self.labels.max()) + 1
-        self.epoch = self.step = 0
-        self.rows: list[dict] = []
-        owners = (part for part in (model, self.loss) if isinstance(part, nn.Module))
-        held = [p for part in (*owners, *self.optimizers) for p in _parameters_of(part)]
+        self.channels_last = any(isinstance(m, nn.Conv2d) for m in self.model.modules())
+        if self.channels_last:
+            to_channels_last(self.model, self.optimizers)
+        self.forward = torch.compile(self.model) if self.compile else self.model
+        is_half = self.autocast and autocast_dtype(self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_half)
+        owners = (part for part in (self.model, self.loss) if isinstance(part, nn.Module))
+        held = [p for part in (*owners, *self.optimizers) for p in parameters_of(part)]
         self.parameters = list(dict.fromkeys(held))
         self.clear_gradients()  # left behind by an earlier loop
+        self.losses = torch.zeros(self.steps, device=self.device)  # of this epoch
+        self.hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.epoch = self.step = 0
+        self.rows: list[dict] = []
         self.started = self.saved = time.monotonic()
-        self.replay, self.lookers, self.begun = None, [], False
+        self.replay, self.sampling_probes, self.begun, self.signal = None, [], False, None
         self.settings = {}
-        if checkpoint:
-            self.settings = checkpoints.settings(**self.set_to()) | _sums(self.data)
+        if self.checkpoint:
+            self.settings = checkpoints.settings(**self.configuration()) | _sums(self.data)
 
-    def start_probes(self) -> None:
-        """Let the probes begin to look at the model."""
+    def check(self) -> None:
+        """Raise an error for arguments that the run could not use."""
+        _checks.check_data(self.data, self.batch_size, epochs=self.epochs,
+                           evaluate_every=self.evaluate_every, seed=self.seed)  # fmt: skip
+        _checks.check_device(self.model, self.device)
+        _checks.check_optimizers(self.optimizers, self.model, self.loss)
+        _checks.check_steps((*self.optimizers, *self.schedulers))
+
+    def begin(self) -> None:
+        """Let the probes begin to look at the model, and read the checkpoint if there is one."""
         for probe in self.probes:
             probe.start(self.model)
-        self.lookers = [p for p in self.probes if hasattr(p, "looking")]
+        self.sampling_probes = [p for p in self.probes if hasattr(p, "looking")]
         if self.checkpoint:
             for parts in self.parts().values():
                 checkpoints.check_parts(parts)
+        self.resume()
+        self.begun = True
+
+    def end(self) -> None:
+        """Take the probes' hooks off the model, and note how the run has left its settings."""
+        for probe in self.probes:
+            getattr(probe, "stop", lambda: None)()
+        if self.begun:  # a run that was refused has changed nothing
+            checkpoints.note_settings(**self.configuration())
 
     def record_graph(self) -> None:
         """Record the passes as a CUDA graph, if that is asked for and possible."""
         asked = self.graph and graphs.is_wanted(self.device)
-        known = sum(len(getattr(probe, "handles", ())) for probe in self.lookers)
+        known = sum(len(getattr(probe, "handles", ())) for probe in self.sampling_probes)
         if not asked or self.scaler.is_enabled() or graphs.count_hooks(self.model) > known:
             return
         if graphs.is_held(self.model):
@@ -551,12 +496,12 @@ class _Run:
                           stacklevel=3)  # fmt: skip
             return
         self.model.train()
-        with _looking_away(self.lookers):
-            self.replay = _GraphedGradients(self)
+        with _looking_away(self.sampling_probes):
+            self.replay = graphs.GraphedPasses(self)
 
     def gradients(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients on the images at ``index``; return the loss and the hits."""
-        if self.replay is None or any(probe.looking for probe in self.lookers):
+        if self.replay is None or any(probe.looking for probe in self.sampling_probes):
             return self.passes(index)
         return self.replay(index)
 
@@ -591,8 +536,7 @@ class _Run:
         """Check the losses from time to time, and save or stop when that is due."""
         if self.step == 1 and self.epoch == 0:
             self.check_losses()
-            _check_finite(self.model, self.optimizers)
-            _check_binary(self.model)
+            self.check_tensors(self.model, self.optimizers)
         is_cpu = self.device.type == "cpu"  # on a GPU, a check has to wait for the device
         if self.step == self.steps or (is_cpu and self.step % CHECK_EVERY == 0):
             self.check_losses()
@@ -607,7 +551,7 @@ class _Run:
             where = f"; {self.checkpoint} holds the run, the same call continues it"
             raise KeyboardInterrupt(f"stopped after {self.epoch} epochs and {self.step} steps"
                                     f"{where if self.checkpoint else ''}")  # fmt: skip
-        if self.checkpoint and time.monotonic() - self.saved > 60 * self.minutes:
+        if self.checkpoint and time.monotonic() - self.saved > 60 * self.checkpoint_minutes:
             self.check_losses()
             self.save_if_possible()
 
@@ -617,7 +561,7 @@ class _Run:
             self.replay.check_fixed(self)
 
     def check_losses(self) -> None:
-        """Raise NonFiniteLossError if a loss of this epoch is not finite; see `check_replay`."""
+        """Raise NonFiniteLossError for a loss of this epoch, or GraphError as `check_replay`."""
         self.check_replay()
         bad = (~self.losses[: self.step].isfinite()).nonzero()
         if len(bad):
@@ -630,6 +574,22 @@ class _Run:
                    else "a smaller learning rate usually helps")
             )  # fmt: skip
 
+    def check_tensors(self, network: nn.Module, optimizers: Iterable = ()) -> None:
+        """Raise an error for a tensor that is not finite, and for a binary weight that is not ±1.
+
+        The tensors are those of the network and of the optimizers' states.
+        """
+        bad = _checks.not_finite(network, optimizers)
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if bad[1:] else ""
+            raise NonFiniteLossError(
+                f"{bad[0]}{more} holds NaN or infinite numbers, although the loss is finite: the "
+                "sign of NaN is still ±1, and a weight whose averaged gradient is not finite "
+                "never learns again. Look at what augment and preprocess return (a NaN pixel, a "
+                "division by 0), then at the gradients and the learning rate"
+            )
+        _checks.check_binary(network)
+
     def end_epoch(self) -> None:
         """Evaluate, add a row to the history, and let the schedulers step."""
         row = {
@@ -641,8 +601,7 @@ class _Run:
         }
         for probe in self.probes:
             _add_columns(row, probe)
-        _check_finite(self.model, self.optimizers)
-        _check_binary(self.model)
+        self.check_tensors(self.model, self.optimizers)
         for scheduler in self.schedulers:
             scheduler.step()
         now = time.monotonic()
@@ -660,14 +619,13 @@ class _Run:
 
     def is_evaluated(self) -> bool:
         """Return whether the network is evaluated after the current epoch."""
-        return (self.epoch + 1) % self.every == 0 or self.epoch + 1 == self.epochs
+        return (self.epoch + 1) % self.evaluate_every == 0 or self.epoch + 1 == self.epochs
 
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies of the network that `test_model` makes."""
         network = self.test_model(self.model) if self.test_model else self.model
         if network is not self.model:  # which is checked when the epoch is complete
-            _check_finite(network)
-        _check_binary(network)
+            self.check_tensors(network)
         sets = {"validation": self.data.validation_images, "test": self.data.test_images}
         labels = {"validation": self.data.validation_labels, "test": self.data.test_labels}
         return {
@@ -701,8 +659,8 @@ class _Run:
             "device type": self.device.type,
         }
 
-    def set_to(self) -> dict:
-        """Return what the run's settings are in, as arguments of `checkpoints.settings`."""
+    def configuration(self) -> dict:
+        """Return the arguments of `checkpoints.settings` that describe this run."""
         functions = {name: getattr(self, name) for name in FUNCTIONS}
         return {"model": self.model, "functions": functions, "optimizers": self.optimizers,
                 "schedulers": self.schedulers}  # fmt: skip
@@ -777,170 +735,10 @@ def _add_columns(row: dict, probe) -> None:
     row.update(columns)
 
 
-@torch.no_grad()
-def _check_finite(model: nn.Module, optimizers: Iterable = ()) -> None:
-    """Raise NonFiniteLossError, naming the tensor, for one that is not finite any more."""
-    held = {name: tensor for name, tensor in _held(model, optimizers) if tensor.numel()}
-    if not held:
-        return
-    device = next(iter(held.values())).device  # Adam counts its steps on the CPU
-    # aminmax takes one pass over memory, and both are NaN if an entry is; one wait for the device
-    ends = [torch.stack(tensor.aminmax()).to(device, torch.float64) for tensor in held.values()]
-    finite = torch.stack(ends).isfinite().all(1).tolist()
-    bad = [name for name, is_finite in zip(held, finite, strict=True) if not is_finite]
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if bad[1:] else ""
-        raise NonFiniteLossError(
-            f"{bad[0]}{more} holds NaN or infinite numbers, although the loss is finite: the sign "
-            "of NaN is still ±1, and a weight whose averaged gradient is not finite never learns "
-            "again. Look at what augment and preprocess return (a NaN pixel, a division by 0), "
-            "then at the gradients and the learning rate"
-        )
-
-
-def _held(model: nn.Module, optimizers: Iterable) -> Iterable[tuple[str, Tensor]]:
-    """Yield the floating-point tensors of a model and of its optimizers' states, by name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    yield from ((name, p) for p, name in names.items() if p.is_floating_point())
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point():
-            yield name, buffer.clamp(min=0)  # an attention mask holds -inf
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            whose = f"of {names.get(parameter, 'a parameter')} in {type(optimizer).__name__}"
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    yield f"{name} {whose}", value
-
-
-def _check_binary(model: nn.Module) -> None:
-    """Raise ValueError if weights without a quantizer are not ±1: results would not be binary."""
-    for name, layer in model.named_modules():
-        is_binary = isinstance(layer, BinaryLayer) and layer.weight_quantizer is None
-        if is_binary and not (layer.weight.abs() == 1).all():
-            raise ValueError(
-                f"{name}.weight is not ±1 any more. Without a weight_quantizer only an optimizer "
-                "that flips signs (Bop, CascadedEMA) may hold it: see split_parameters"
-            )
-
-
 def _as_tuple(parts) -> tuple:
     if parts is None:
         return ()
     return tuple(parts) if isinstance(parts, Iterable) else (parts,)
-
-
-def _check_types(data, **counts) -> None:
-    """Raise TypeError for data that is no Dataset, and for counts that are not whole numbers."""
-    if not isinstance(data, Dataset):
-        raise TypeError(
-            f"data must be a bnnbook.data.Dataset, not a {type(data).__name__}: data.load makes "
-            "one of a known set, data.Dataset of your own images and labels"
-        )
-    for name, number in counts.items():
-        if not isinstance(number, Integral):
-            raise TypeError(f"{name} must be a whole number, not {number!r}")
-
-
-def _validate(data, optimizers, epochs, every, batch_size, seed, model, device) -> None:
-    """Raise an error for data, numbers, optimizers or a device that `train` cannot use."""
-    _check_types(data, epochs=epochs, evaluate_every=every, batch_size=batch_size, seed=seed)
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, not {epochs}")
-    if every < 1:
-        raise ValueError(f"evaluate_every must be at least 1, not {every}")
-    if not 1 <= batch_size <= len(data.train_labels):
-        raise ValueError(
-            f"batch_size must be from 1 to the {len(data.train_labels)} training images, "
-            f"not {batch_size}"
-        )
-    if not optimizers:
-        raise ValueError("no optimizer was given")
-    wrong = {p.device.type for p in model.parameters()} - {device.type}
-    if wrong:
-        raise ValueError(
-            f"the model is on {wrong.pop()}, the run on {device.type}: move the model there "
-            "before the optimizers are made, or name the model's device"
-        )
-
-
-def _check_steps(parts: Iterable) -> None:
-    """Raise ValueError for an optimizer or scheduler whose step needs more than `train` gives."""
-    for part in parts:
-        _, *parameters = inspect.signature(type(part).step).parameters.values()  # after self
-        for each in parameters:
-            if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD:
-                raise ValueError(
-                    f"{type(part).__name__}.step needs its {each.name}, which train does not give "
-                    "it: use another one, or a loop of your own"
-                )
-
-
-def _check_not_latent(optimizers, model: nn.Module) -> None:
-    """Raise ValueError if an optimizer that flips ±1 holds latent weights, or biases and gains."""
-    flipped = {id(p) for o in optimizers if getattr(o, "binary", False)
-               for group in o.param_groups for p in group["params"]}  # fmt: skip
-    for name, layer in model.named_modules():
-        latent = isinstance(layer, BinaryLayer) and layer.weight_quantizer is not None
-        if latent and id(layer.weight) in flipped:
-            raise ValueError(
-                f"{name}.weight is latent: its layer has a weight_quantizer; Bop and "
-                "CascadedEMA are for layers with weight_quantizer=None"
-            )
-        kinds = ("weight", "bias") if isinstance(layer, NORMS) else ("bias",)
-        for kind in kinds:
-            if id(getattr(layer, kind, None)) in flipped:
-                raise ValueError(
-                    f"{name}.{kind} is real, of a {type(layer).__name__}: Bop and CascadedEMA "
-                    "flip binary weights; optim.split_parameters tells the two apart"
-                )
-
-
-def _check_counters(optimizers, model: nn.Module) -> None:
-    """Raise ValueError if no gradient passes the quantizer to the counters of a `CounterSGD`."""
-    largest = {id(p): 2 ** group["bits"] - 1 for o in optimizers if isinstance(o, CounterSGD)
-               for group in o.param_groups for p in group["params"]}  # fmt: skip
-    for name, layer in model.named_modules():
-        latent = isinstance(layer, BinaryLayer) and layer.weight_quantizer is not None
-        bound = largest.get(id(layer.weight), 1) if latent else 1
-        if bound > 1 and not _passes_gradient(layer.weight_quantizer, layer.weight, bound):
-            raise ValueError(
-                f"the quantizer of {name or 'the network'} passes no gradient to a counter of "
-                f"{bound}: take one that does, such as ste_sign with clip_value=None"
-            )
-
-
-def _passes_gradient(quantizer: Callable, weight: Tensor, bound: int) -> bool:
-    """Return whether any gradient reaches weights of ±bound; leaves the quantizer as it is."""
-    with torch.enable_grad(), _reproducible(weight.device, 0):
-        weights = (bound * torch.randn_like(weight).sign()).requires_grad_()
-        outputs = copy.deepcopy(quantizer)(weights)
-        if not outputs.requires_grad:
-            return False
-        (gradient,) = torch.autograd.grad(outputs, weights, torch.randn_like(outputs))
-    return bool(gradient.any())
-
-
-def _check_held(optimizers, model, loss) -> None:
-    """Raise an error for what is no optimizer, or holds no or shared parameters."""
-    modules = [part for part in (model, loss) if isinstance(part, nn.Module)]
-    ours = {id(parameter) for module in modules for parameter in module.parameters()}
-    taken: set[int] = set()
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"{optimizer!r} is no optimizer of torch, nor like one")
-        if not any(id(p) in ours for p in _parameters_of(optimizer)):
-            raise ValueError(
-                f"{type(optimizer).__name__} holds no parameter of this model: was it made for "
-                "another, or before a layer was replaced?"
-            )
-        held = {id(parameter) for parameter in _parameters_of(optimizer)}
-        if held & taken:
-            raise ValueError(
-                f"{type(optimizer).__name__} holds {len(held & taken)} parameters that an "
-                "optimizer before it holds, too: give each parameter to one of them"
-            )
-        taken |= held
 
 
 @contextlib.contextmanager
@@ -972,21 +770,6 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def _undone(run: _Run):
-    """Undo what the passes change besides gradients: buffers and the random generators."""
-    modules = [part for part in (run.model, run.loss) if isinstance(part, nn.Module)]
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    devices = [run.device] if run.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-@contextlib.contextmanager
 def _looking_away(probes: Sequence):
     """Switch off the hooks of those probes that look into some steps only."""
     before = [probe.looking for probe in probes]
@@ -1002,44 +785,30 @@ def _looking_away(probes: Sequence):
 @contextlib.contextmanager
 def _stop_signals(run: _Run):
     """With a checkpoint, make Ctrl-C and SIGTERM wait for the step in progress."""
-    if not run.checkpoint or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def ask(number, frame):
         if run.signal is not None:  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
         run.signal = number
 
-    numbers = signal.SIGINT, signal.SIGTERM
+    with stops_handled(ask) if run.checkpoint else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def stops_handled(handler: Callable):
+    """Let the handler have Ctrl-C and SIGTERM; in a thread, to which none comes, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     # a handler of None was not installed from Python, and could not be put back
-    asked = [number for number in numbers if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, ask) for number in asked}
+    heard = [number for number in STOPS if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _hooks_off_after(probes: Sequence):
-    """Remove the probes' hooks from the model at the end, even after an error."""
-    try:
-        yield
-    finally:
-        for probe in probes:
-            getattr(probe, "stop", lambda: None)()
-
-
-@contextlib.contextmanager
-def _settings_left(run: _Run):
-    """At the end, even after an error, keep in mind how the run has left its settings."""
-    try:
-        yield
-    finally:
-        if run.begun:  # a run that was refused has changed nothing
-            checkpoints.leave(**run.set_to())
 
 
 def _bar(run: _Run, progress: bool | None) -> tqdm:

@@ -181,4 +181,3 @@ def test_patches_of_the_photographs():
     assert len(patches.classes) == 6
     assert set(patches.train_labels.tolist()) == set(range(6))
     assert patches.sha256 == alexnet.photographs(size=12, train=60, test=30).sha256
-    assert isinstance(patches, data.Dataset)

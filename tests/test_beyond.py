@@ -168,7 +168,8 @@ def test_trials_are_drawn_within_their_ranges_and_anew_for_each_seed(rule):
     for name, (low, high) in beyond.SPACE[rule].items():
         values = [getattr(recipe, name) for recipe in drawn]
         assert low <= min(values) < max(values) <= high
-        assert np.median(values) == pytest.approx(math.sqrt(low * high), rel=5)
+        middle, width = math.log(low * high) / 2, math.log(high / low)
+        assert np.log(values).mean() == pytest.approx(middle, abs=0.2 * width)
 
 
 def test_the_race_retrains_its_best_trial_on_all_images(monkeypatch):
@@ -176,10 +177,13 @@ def test_the_race_retrains_its_best_trial_on_all_images(monkeypatch):
 
     def look(recipe, **options):
         seen.append((recipe, options))
-        return original(recipe, **options)
+        fitted = original(recipe, **options)
+        fitted.history.rows[-1]["seconds"] = 10.0
+        return fitted
 
     monkeypatch.setattr(beyond, "fit", look)
     record = beyond.race("bop", seed=1, epochs=1, device="cpu")
+    assert record.seconds == 10 * (beyond.TRIALS["small"] + 1)
     *trials, (winner, last) = seen
     assert len(trials) == beyond.TRIALS["small"]
     assert all(options["validation"] == 300 for _, options in trials)

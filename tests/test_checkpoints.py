@@ -505,7 +505,7 @@ def preprocessing(number):
 def test_functions_are_told_apart_by_what_they_were_made_with_however_deep():
     """Inside a tuple of functions, and behind functools.cache."""
     for one, other, same in zip(*map(preprocessing, (1, 2, 1)), strict=True):
-        told = [checkpoints._in_words(function) for function in (one, other, same)]
+        told = [checkpoints._described(function) for function in (one, other, same)]
         assert told[0] != told[1]
         assert told[0] == told[2]
 

@@ -703,3 +703,10 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys
     assert not list(Path("results").iterdir())
     invoke(*command)
     assert len(json.loads(records.find(NAME, "clipped", 0, scale="small").read_text())) > 1
+
+
+@pytest.mark.parametrize("minutes", ["nan", "-1"])
+def test_a_time_between_checkpoints_that_is_none(monkeypatch, capsys, minutes):
+    code, _, err = call(monkeypatch, capsys, "record", "--checkpoint-minutes", minutes)
+    assert code
+    assert "--checkpoint-minutes must be at least 0, not" in err

@@ -994,3 +994,7 @@ def test_rates_that_never_sum_to_one_freeze_at_once():
 def test_a_freeze_point_of_no_rates(bad):
     with pytest.raises(ValueError, match="each from 0 to 1"):
         filters.freeze_point(bad)
+
+
+def test_the_freeze_point_of_a_rate_that_is_no_binary_fraction():
+    assert filters.freeze_point([0.01] * 300) == 200

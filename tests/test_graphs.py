@@ -165,7 +165,7 @@ def counting_loss():
 def test_what_python_counts_is_refused_and_without_the_check_trains_otherwise(tape, monkeypatch):
     with pytest.raises(graphs.GraphError, match="train with graph=False"):
         fit(mlp, loss=counting_loss())
-    monkeypatch.setattr(training, "MOST_OFF", math.inf)
+    monkeypatch.setattr(graphs, "MOST_OFF", math.inf)
     replayed, stepped = (fit(mlp, loss=counting_loss(), graph=g)[1] for g in (True, False))
     assert replayed != stepped  # so the tape does replay
 

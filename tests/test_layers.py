@@ -1266,3 +1266,30 @@ def test_a_new_memory_keeps_the_mark_of_a_latent_weight():
     assert layer.to_empty(device="cpu").weight.latent is True
     layer = layers.BinaryLinear(3, 2, weight_quantizer=None)
     assert layer.to("meta").weight.latent is False
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_experts_takes_an_empty_batch(bias):
+    layer = layers.ExpertBinaryConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=bias)
+    assert layer(torch.zeros(0, 4, 5, 5)).shape == (0, 6, 3, 3)
+
+
+def test_a_layer_that_was_compiled_by_itself_is_not_replaced():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 2))
+    net[1] = torch.compile(net[1], backend="eager")
+    with pytest.raises(ValueError, match="compile it, or the whole network, afterwards"):
+        layers.binarized(net, lambda name, layer: name.startswith("1"))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e8, 1e18])
+def test_attention_does_not_depend_on_the_size_of_features(scale):
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 4, 4)
+    np.testing.assert_allclose(layers.attention_map(scale * features),
+                               layers.attention_map(features), rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bipolar_penalty_of_many_weights_in_half_precision(dtype):
+    weights = torch.zeros(100_000, dtype=dtype)
+    assert layers.bipolar_penalty([weights], 1e-6).item() == pytest.approx(0.1)

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from bnnbook import data, probes, records, training
+from bnnbook import data, probes, records
 from bnnbook.binarize import real_weight, ste_sign
 from bnnbook.experiments import martinez2020
 from bnnbook.layers import DataDrivenScale, attention_matching, binary_layers
@@ -255,8 +254,6 @@ def test_the_full_recipe_runs_on_small_images(toy_images, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_teacher_helps_under_autocast():
+def test_a_teacher_works_under_autocast():
     run = martinez2020.fit(replace(TINY, progressive=True, **HELPED), device="cuda")
-    assert training.choose_device("cuda").type == "cuda"
-    assert all(isinstance(model, nn.Module) for model in run.networks.values())
     assert all(math.isfinite(h.rows[-1]["train_loss"]) for h in run.histories.values())

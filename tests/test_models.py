@@ -700,19 +700,14 @@ def test_unknown_kind_of_weight():
     (partial(four_layer_cnn, image_size=7), "at least 8, not 7"),
     (partial(binarynet, padding="full"), "unknown padding 'full'; known: valid, same"),
     (partial(binarynet, image_size=8), "image_size 8 is too small for 3 poolings"),
-    (partial(binarynet, weight_quantizer="sign"), "unknown weight_quantizer 'sign'; known: None"),
     (partial(binarynet, padding_value=0.5), "padding_value"),
     (partial(birealnet20, shortcut="conv"), "known: pool-conv, pool-binary, pad"),
-    (partial(birealnet20, input_quantizer=1), "unknown input_quantizer 1; known: None"),
     (partial(birealnet20, widths=()), r"widths: positive integers, not \(\)"),
-    (partial(birealnet18, weight_quantizer="latent"), "magnitude_aware_sign"),
     (partial(BiRealBlock, 4, 4, shortcut="none"), "unknown shortcut 'none'"),
-    (partial(reactnet_small, weight_quantizer="sign"), "unknown weight_quantizer"),
     (partial(reactnet_small, channels=(4, 6)), "a block makes 4 or 8 channels of 4, not 6"),
     (partial(expertnet, stem="7x7"), "unknown stem '7x7'; known: 3x3, light"),
     (partial(expertnet, experts=0), "experts: positive integers, not 0"),
     (partial(expertnet, experts=2.0), "experts: positive integers, not 2.0"),
-    (partial(expertnet, weight_quantizer="sign"), "unknown weight_quantizer"),
     (partial(expertnet, blocks=(1, 1)), "groups: 2 numbers, not 4"),
     (partial(expertnet, groups=(1, 1, 1, 0)), "groups: positive integers"),
     (partial(parse_architecture, "1262-2"), "'1262-2' is no architecture; .* '1262-2-4:8:8:16'"),
@@ -723,6 +718,16 @@ def test_unknown_kind_of_weight():
 def test_wrong_arguments(network, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         network()
+
+
+@pytest.mark.parametrize(
+    "network", [binarynet, birealnet18, birealnet20, reactnet_small, expertnet]
+)
+@pytest.mark.parametrize("argument", ["weight_quantizer", "input_quantizer"])
+def test_a_quantizer_is_a_function(network, argument):
+    message = f"{argument} must be a function such as binarize.ste_sign, or None, not a str"
+    with torch.device("meta"), pytest.raises(TypeError, match=message):
+        network(**{argument: "sign"})
 
 
 @pytest.mark.parametrize("options", [{"width": 16}, {"blocks": (2, 1)}, {"data_driven": True}])
@@ -823,3 +828,34 @@ def test_convolutions_of_other_dimensions_are_counted(kind, image):
     kernel, places = 3 ** (len(image) - 1), np.prod(image[1:])
     assert row.bops == 2 * 8 * kernel * places
     assert row.bits == 2 * 8 * kernel
+
+
+class ScaledSign(nn.Module):
+    """A quantizer with a learned scale for each output of a linear layer."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(outputs, 1))
+
+    def forward(self, weight):
+        return self.scale * ste_sign(weight)
+
+
+def xnor(weight):
+    """XNOR-Net's quantizer, which asks for the dimensions of a convolution's weight."""
+    return ste_sign(weight) * weight.detach().abs().mean((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [
+    (BinaryConv2d(3, 5, 3, weight_quantizer=xnor), (3, 8, 8)),
+    (ExpertBinaryConv2d(3, 5, 3, weight_quantizer=xnor), (3, 8, 8)),
+    (BinaryLinear(8, 5, weight_quantizer=ScaledSign(5)), (8,)),
+])  # fmt: skip
+def test_a_weight_quantizer_may_have_one_scale_for_each_channel(layer, shape):
+    total = models.summary(nn.Sequential(layer), shape).loc["total"]
+    real = sum(p.numel() for p in layer.parameters()) - layer.weight.numel()
+    assert total.bits == layer.weight.numel() + 32 * real
+
+
+def test_sizes_may_be_integers_of_numpy():
+    assert binarynet(np.int64(10), widths=(np.int32(8),), hidden=(16,), image_size=16)

@@ -1150,3 +1150,97 @@ def test_nothing_of_a_refused_group_stays():
     with pytest.raises(ValueError, match="would lose small updates"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2).half())]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", [
+    partial(lr_scheduler.OneCycleLR, max_lr=0.5, total_steps=10, cycle_momentum=False),
+    partial(lr_scheduler.CyclicLR, base_lr=0.1, max_lr=0.4, step_size_up=3, cycle_momentum=False),
+])  # fmt: skip
+def test_two_rates_have_schedulers_that_keep_numbers_in_the_group(make):
+    """OneCycleLR and CyclicLR write max_lr and the like there, each for its own rate."""
+    both, one = (optim.CascadedEMA([nn.Parameter(torch.ones(2))], 0.01, 0.1) for _ in range(2))
+    lent = optim.rate_as_lr(both, "gamma")
+    high = make(lent, max_lr=0.9)
+    schedules = [make(both), high], [make(one)]
+    for _ in range(8):
+        assert both.param_groups[0]["lr"] == one.param_groups[0]["lr"]
+        for optimizer, schedulers in zip((both, one), schedules, strict=True):
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+    assert both.param_groups[0]["gamma"] != both.param_groups[0]["lr"]
+
+
+def test_a_rate_from_numpy_has_a_scheduler():
+    optimizer = optim.CascadedEMA([nn.Parameter(torch.ones(2))], np.float64(0.01), np.float64(0.1))
+    assert optim.rate_as_lr(optimizer, "gamma").param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("lr", 1.0, r"lr \* weight_decay must be at most 1, not 1.0 \* 5.0"),
+    ("clip", -1, "clip must be None or > 0, not -1"),
+])  # fmt: skip
+def test_latent_sgd_keeps_its_bounds_when_a_schedule_changes_them(key, value, words):
+    weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = optim.LatentSGD([weight], lr=0.1, weight_decay=5.0)
+    weight.grad = torch.zeros(2)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert weight.tolist() == [0.5, -0.5]
+
+
+def test_a_schedule_may_raise_the_rate_to_the_edge_and_end_gamma_at_zero():
+    weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = optim.LatentSGD([weight], lr=0.1, weight_decay=0.1)
+    weight.grad = torch.zeros(2)
+    optimizer.param_groups[0].update(lr=10.0 * (1 + 1e-12), gamma=0.0)
+    optimizer.step()
+    assert weight.abs().max() < 1e-6
+
+
+def test_counters_of_no_bits_are_refused_in_a_step_too():
+    weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = optim.CounterSGD([weight], 0.1, 3)
+    weight.grad = torch.ones(2)
+    optimizer.param_groups[0]["bits"] = 0
+    with pytest.raises(ValueError, match="bits must be an integer from 1 to 16, not 0"):
+        optimizer.step()
+
+
+def test_counters_that_are_loaded_first_stay_counters():
+    torch.manual_seed(0)
+    trained, loaded = nn.Parameter(torch.randn(50)), nn.Parameter(torch.empty(50))
+    optimizer = optim.CounterSGD([trained], 0.3, 4, stochastic=False)
+    for _ in range(3):
+        trained.grad = torch.randn(50)
+        optimizer.step()
+    loaded.data.copy_(trained.data)  # the network's state, and only then the optimizer
+    again = optim.CounterSGD([loaded], 0.3, 4, stochastic=False)
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(loaded, trained)
+    assert len(trained.unique()) > 4
+    optim.CounterSGD([loaded], 0.3, 2)
+    assert loaded.abs().max() == 3  # fewer bits hold less
+
+
+@pytest.mark.parametrize("make", [
+    lambda groups: optim.Bop(groups, gamma=0.1, threshold=0.0),
+    lambda groups: optim.CascadedEMA(groups, alpha=0.1, gamma=0.1),
+])  # fmt: skip
+def test_a_refused_optimizer_changes_no_weight(make):
+    first, second = (nn.Parameter(torch.tensor([0.3, -0.2])) for _ in range(2))
+    with pytest.raises(ValueError, match="gamma must"):
+        make([{"params": [first]}, {"params": [second], "gamma": 5}])
+    assert torch.equal(first, second)
+    assert first[0] == 0.3
+    assert len(make(iter([first])).param_groups) == 1
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused():
+    weight = nn.Parameter(torch.ones(2))
+    bop = optim.Bop([weight], gamma=0.1, threshold=0.0)
+    averages = optim.CascadedEMA([weight], alpha=0.1, gamma=0.2)
+    with pytest.raises(ValueError, match="no state of CascadedEMA: its groups have no gamma"):
+        averages.load_state_dict(bop.state_dict())
+    assert averages.param_groups[0]["gamma"] == 0.2

@@ -543,6 +543,40 @@ def test_gradient_sample_leaves_out_frozen_layers_and_refuses_nonsense():
             probes.GradientSample(**options)
 
 
+def test_a_state_of_other_gradients_is_refused():
+    model = nn.Sequential(layers.BinaryLinear(4, 3))
+    one, four = probes.GradientSample(weights=1, steps=3), probes.GradientSample(4, 3)
+    for probe in (one, four):
+        probe.start(model)
+        one_step(model, torch.randn(2, 4))
+        probe.step()
+    with pytest.raises(ValueError, match="1 steps of 1 weights, this probe records 3 of 4"):
+        four.load_state_dict(one.state_dict())
+    short = probes.GradientSample(4, 1)
+    short.start(model)
+    four.step()
+    with pytest.raises(ValueError, match="2 steps of 4 weights, this probe records 1 of 4"):
+        short.load_state_dict(four.state_dict())
+
+
+def test_the_gradient_of_a_weight_that_is_computed_is_not_there():
+    model = nn.Sequential(layers.BinaryLinear(4, 3), layers.BinaryLinear(3, 2))
+    nn.utils.parametrizations.weight_norm(model[1])
+    with pytest.raises(ValueError, match=r"1\.weight is computed from other parameters"):
+        probes.GradientSample().start(model)
+    assert not model[0].weight._post_accumulate_grad_hooks
+
+
+def test_what_c2i_has_saved_stays_as_it_is():
+    model = nn.Sequential(layers.BinaryLinear(4, 3))
+    probe = probes.C2I()
+    probe.start(model)
+    state = probe.state_dict()
+    before = state["initial"].clone()
+    probe.load_state_dict({"initial": ~before if before.dtype == torch.bool else -before})
+    assert torch.equal(state["initial"], before)
+
+
 def white_noise(steps=4096, weights=40, seed=0):
     return np.random.default_rng(seed).standard_normal((steps, weights))
 

@@ -166,7 +166,7 @@ def test_how_far_a_run_of_several_trainings_is():
     folder = write_trainings(job)
     words = "partial, 5 epochs of several trainings"
     assert recording.state(job, [None], runs) == recording.State("partial", words)
-    assert recording.so_far(folder) == (5, 25.0)
+    assert recording.epochs_and_seconds(folder) == (5, 25.0)
     assert recording.epochs_done(folder) == 0  # not of the job's own 12
     shutil.rmtree(folder)
     folder.mkdir()
@@ -304,7 +304,7 @@ def test_a_run_that_cannot_be_a_cuda_graph_starts_anew_without(monkeypatch):
         crew.running[ours] = job, Reported()
 
     monkeypatch.setattr(recording, "_run_unless_another_does", run)
-    monkeypatch.setattr(recording, "_hear_the_first_process_only", lambda: None)
+    monkeypatch.setattr(recording, "_obey_the_parent_only", lambda: None)
     monkeypatch.setattr(recording.signal, "signal", lambda *_: None)
     monkeypatch.setattr(recording._Crew, "start", start)
     jobs = [small(), small(seed=1), Job("quist2023.order", "second-none", 0, "small", 2)]
@@ -567,6 +567,26 @@ def test_one_of_two_calls_runs_a_job(tmp_path):
     assert said[3:] == [f"{job}: recorded by another process"]
     assert path.read_bytes() == before
     assert not list(Path("runs").iterdir())
+
+
+def test_runs_of_two_lengths_share_a_lock():
+    """For their records would be the same file, and the shorter could replace the longer."""
+    Path("runs").mkdir()
+    with recording.lock(small(epochs=3), Path("runs")) as is_ours:
+        assert is_ours
+        with recording.lock(small(epochs=None), Path("runs")) as is_another:
+            assert not is_another
+
+
+def test_jobs_with_too_few_epochs_for_their_steps_are_left_out():
+    jobs, said = recording.all_jobs(only=["liu2021"], epochs=1), []
+    left = recording.possible(jobs, said.append)
+    names = {job.experiment for job in jobs}
+    assert 0 < len(left) < len(jobs)
+    assert {job.experiment for job in left} < names
+    assert len(said) == len(set(said)) <= len(names)
+    assert all("is left out: 2 steps cannot share 1" in text for text in said)
+    assert recording.possible(recording.all_jobs(), said.append) == recording.all_jobs()
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):

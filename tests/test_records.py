@@ -565,3 +565,15 @@ def test_no_git_at_all(monkeypatch, tmp_path):
 def test_records_do_not_import_torch():
     code = "import sys, bnnbook.records, bnnbook.claims; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("place", ["other-seed2.json", "sgd-seed4.json", "small/sgd-seed3.json"])
+def test_a_record_under_the_name_of_another_run_counts_as_none(tmp_path, place):
+    path = records.save(make(), tmp_path)
+    moved = path.parent / place
+    moved.parent.mkdir(exist_ok=True)
+    shutil.copy(path, moved)
+    with pytest.raises(RecordError, match=r"the record of another run, .* sgd-seed3\.json in"):
+        records.read(moved)
+    assert moved.exists()
+    assert len(list(records.read_all(root=tmp_path, on_error=lambda error: None))) == 1

@@ -3,6 +3,10 @@
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
 from bnnbook.experiments import (
     alexnet,
     beyond,
@@ -88,20 +92,36 @@ def names() -> list[str]:
     return [f"{_short(paper)}.{name}" for paper in MODULES for name in paper.VARIANTS]
 
 
-def find(name: str):
-    """Return (function, variants, recipes) of an experiment such as "binaryconnect.table2"."""
-    if name not in names():
-        raise ValueError(f"unknown experiment {name!r}; known: {', '.join(names())}")
-    paper = next(p for p in MODULES if name.startswith(_short(p) + "."))
-    short = name.removeprefix(_short(paper) + ".")
-    return getattr(paper, short), paper.VARIANTS[short], paper.RECIPES[short]
+class Experiment(NamedTuple):
+    """A figure or table of a paper: the function that runs it, its variants, its recipes."""
+
+    function: Callable
+    variants: tuple[str, ...]
+    recipes: dict  # by scale
+
+
+def find(name: str) -> Experiment:
+    """Return an experiment such as "binaryconnect.table2"; an unknown name lists the known ones.
+
+    >>> sorted(find("binaryconnect.table2").recipes)
+    ['full', 'small']
+    """
+    paper, short = _split(name)
+    return Experiment(getattr(paper, short), paper.VARIANTS[short], paper.RECIPES[short])
 
 
 def recipe(name: str, variant: str, scale: str, epochs: int | None = None):
     """Return the recipe of one run of an experiment, shortened to ``epochs`` if they are given."""
+    paper, short = _split(name)
+    return paper.find_recipe(short, variant, scale, epochs)
+
+
+def _split(name: str) -> tuple[ModuleType, str]:
+    """Return the paper's module and the experiment's name in it; ValueError for an unknown one."""
+    if name not in names():
+        raise ValueError(f"unknown experiment {name!r}; known: {', '.join(names())}")
     paper, short = name.split(".", 1)
-    module = next(each for each in MODULES if _short(each) == paper)
-    return module.find_recipe(short, variant, scale, epochs)
+    return next(module for module in MODULES if _short(module) == paper), short
 
 
 def _short(paper) -> str:

@@ -235,9 +235,8 @@ def plain(experiment, variant, seed, scale, epochs, run) -> Record:
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale; unknown names list the known ones."""
-    recipe = recipe_at("alexnet", experiment, variant, scale, VARIANTS, RECIPES)
-    recipe = replace(recipe, options=recipe.options | CHANGES[experiment][variant])
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    recipe = recipe_at("alexnet", experiment, variant, scale, epochs, VARIANTS, RECIPES)
+    return replace(recipe, options=recipe.options | CHANGES[experiment][variant])
 
 
 # --- Training ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import nn
 from bnnbook import probes
 from bnnbook.experiments import quist2023
 from bnnbook.experiments.quist2023 import mean_flip_ratio, measured
-from bnnbook.experiments.runs import finished, recipe_at
+from bnnbook.experiments.runs import finished, recipe_at, seconds_of
 from bnnbook.optim import Bop, CascadedEMA, CounterSGD, LatentSGD, RankedFlips, rate_as_lr
 from bnnbook.records import Record, encode_array
 
@@ -212,9 +212,8 @@ HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale; ``epochs``, if given, replaces the recipe's."""
-    recipe = recipe_at("beyond", experiment, variant, scale, VARIANTS, RECIPES)
-    recipe = replace(recipe, **CHANGES[experiment][variant])
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    recipe = recipe_at("beyond", experiment, variant, scale, epochs, VARIANTS, RECIPES)
+    return replace(recipe, **CHANGES[experiment][variant])
 
 
 # --- One function per comparison -----------------------------------------------------------------
@@ -273,18 +272,19 @@ def race(variant: str = "second", *, seed: int = 0, scale: str = "small",
     recipe = find_recipe("race", variant, scale, epochs)
     folder = checkpoint and Path(checkpoint)
     drawn = [draw(variant, trial, seed, recipe) for trial in range(TRIALS[scale])]
-    errors, flips = [], []
+    errors, flips, spent = [], [], 0.0
     for trial, candidate in enumerate(drawn):
         fitted = fit(candidate, seed=1000 * (seed + 1) + trial, validation=HELD_OUT[scale],
                      checkpoint=folder and folder / f"trial{trial}.pt", **run)  # fmt: skip
         errors.append(1 - fitted.history.rows[-1]["validation_accuracy"])
         flips.append(mean_flip_ratio(fitted.history.rows))
+        spent += seconds_of(fitted.history.rows)
     best = drawn[int(np.argmin(errors))]
     fitted = fit(best, seed=seed, checkpoint=folder and folder / "winner.pt", **run)
     arrays = {"validation_error": errors, "trial_flips": flips}
     arrays |= {name: [getattr(trial, name) for trial in drawn] for name in SPACE[variant]}
     encoded = {name: encode_array(np.float32(values)) for name, values in arrays.items()}
-    return make_record("race", variant, seed, scale, fitted, arrays=encoded)
+    return make_record("race", variant, seed, scale, fitted, arrays=encoded, before=spent)
 
 
 def alphas_short(variant: str = "0.01", *, seed: int = 0, scale: str = "small",
@@ -332,10 +332,13 @@ def _run(experiment, variant, seed, scale, epochs, **run) -> Record:
 
 
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: quist2023.Fit,
-                arrays: dict | None = None) -> Record:  # fmt: skip
-    """Return a finished run's record, with the metrics of `quist2023.measured`."""
+                arrays: dict | None = None, before: float = 0.0) -> Record:  # fmt: skip
+    """Return a finished run's record, with the metrics of `quist2023.measured`.
+
+    before: the seconds of the trials before it.
+    """
     return finished(
         f"beyond.{experiment}", variant, seed, scale, recipe=fitted.recipe,
         planned=RECIPES[experiment][scale].epochs, history=fitted.history.rows,
-        dataset=fitted.dataset, metrics=measured(fitted), arrays=arrays,
+        dataset=fitted.dataset, metrics=measured(fitted), arrays=arrays, before=before,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign, stochastic_sign
-from bnnbook.experiments.runs import finished, recipe_at, seeded
+from bnnbook.experiments.runs import finished, recipe_at, seconds_of, seeded
 from bnnbook.layers import SquaredHingeLoss, binary_layers, quantized_by
 from bnnbook.models import binaryconnect_cnn, binaryconnect_mlp
 from bnnbook.optim import clip_after_step, glorot_scaled_groups
@@ -308,9 +308,7 @@ def table1(variant: str = "adam-scaled", *, seed: int = 0, scale: str = "small",
     recipe = at_rate(recipe, recipe.lr_start if lr is None else lr)
     fitted = fit(recipe, "deterministic", seed=seed, checkpoint=checkpoint, **run)
     trials = {f"validation error, trial at {rate:g}": error for rate, error in tried.items()}
-    record = make_record("table1", variant, seed, scale, fitted, trials)
-    record.seconds = round(record.seconds + spent, 1)
-    return record
+    return make_record("table1", variant, seed, scale, fitted, trials, before=spent)
 
 
 def at_rate(recipe: Recipe, lr: float) -> Recipe:
@@ -335,7 +333,7 @@ def try_rates(recipe: Recipe, seed: int, folder: Path | None,
             errors[rate] = 1.0
         else:
             errors[rate] = 1 - fitted.history.rows[-1]["validation_accuracy"]
-            seconds += sum(row["seconds"] for row in fitted.history.rows)
+            seconds += seconds_of(fitted.history.rows)
     return errors, seconds
 
 
@@ -353,8 +351,7 @@ def clipping(variant: str = "clipped", *, seed: int = 0, scale: str = "small",
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return the recipe at a scale, shortened to ``epochs``; unknown names list the known ones."""
-    recipe = recipe_at("binaryconnect", experiment, variant, scale, VARIANTS, RECIPES)
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    return recipe_at("binaryconnect", experiment, variant, scale, epochs, VARIANTS, RECIPES)
 
 
 def inference_modes(fitted: Fit, seed: int, samples: int = 30) -> dict[str, float]:
@@ -399,8 +396,11 @@ def error(fitted: Fit, network: nn.Module) -> float:
 
 
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit,
-                metrics: dict) -> Record:  # fmt: skip
-    """Return a finished run's record: error at the best validation epoch, weights, history."""
+                metrics: dict, before: float = 0.0) -> Record:  # fmt: skip
+    """Return a finished run's record: error at the best validation epoch, weights, history.
+
+    before: the seconds of the trials before it.
+    """
     best, last = fitted.history.best(), fitted.history.rows[-1]
     weight = layer_weight(fitted.model)
     binary = [layer.weight for layer in binary_layers(fitted.model)][:1]
@@ -423,6 +423,7 @@ def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fi
         f"binaryconnect.{experiment}", variant, seed, scale, recipe=fitted.recipe,
         planned=RECIPES[experiment][scale].epochs, history=fitted.history.rows,
         dataset=fitted.dataset, metrics=metrics, arrays=arrays, settings=fitted.settings,
+        before=before,
     )  # fmt: skip
 
 

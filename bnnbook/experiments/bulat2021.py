@@ -114,9 +114,8 @@ PAPER = {
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return a variant's recipe at a scale; ``epochs``, if given, replaces the recipe's."""
-    recipe = recipe_at("bulat2021", experiment, variant, scale, VARIANTS, RECIPES)
-    recipe = replace(recipe, **CHANGES[experiment](recipe)[variant])
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    recipe = recipe_at("bulat2021", experiment, variant, scale, epochs, VARIANTS, RECIPES)
+    return replace(recipe, **CHANGES[experiment](recipe)[variant])
 
 
 def stage_epochs(epochs: int) -> list[int]:

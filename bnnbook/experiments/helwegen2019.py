@@ -184,8 +184,7 @@ def latent_inference(variant: str = "adam", *, seed: int = 0, scale: str = "smal
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:
     """Return the recipe at a scale; ``epochs``, if given, replaces the recipe's."""
-    recipe = recipe_at("helwegen2019", experiment, variant, scale, VARIANTS, RECIPES)
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    return recipe_at("helwegen2019", experiment, variant, scale, epochs, VARIANTS, RECIPES)
 
 
 # --- One run -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from bnnbook import data, probes, training
 from bnnbook.binarize import real_weight
 from bnnbook.experiments.quist2023 import DECAYS, NETWORKS, EachStep, forward_scaled_sign
-from bnnbook.experiments.runs import finished, recipe_at, seeded
+from bnnbook.experiments.runs import finished, recipe_at, seconds_of, seeded
 from bnnbook.layers import binary_layers
 from bnnbook.optim import split_parameters
 from bnnbook.records import Record, encode_array
@@ -106,8 +106,7 @@ def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -
     ``epochs`` replaces the recipe's if given: the number for each step or, where steps share it
     (`EQUAL`), for all together.
     """
-    recipe = recipe_at("liu2021", experiment, variant, scale, VARIANTS, RECIPES)
-    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+    recipe = recipe_at("liu2021", experiment, variant, scale, epochs, VARIANTS, RECIPES)
     if experiment == "optimizer":
         kind, _, lr = variant.partition("-")
         recipe = replace(recipe, optimizer=kind, lr=float(lr))
@@ -278,18 +277,16 @@ def _run(experiment, variant, seed, scale, epochs, run) -> Record:
 def make_record(experiment: str, variant: str, seed: int, scale: str, fitted: Fit) -> Record:
     """Return a finished run's record; its history is that of the last step."""
     *before, last = fitted.histories
-    seconds = sum(row["seconds"] for history in before for row in history.rows)
     arrays = {f"test_accuracy, step {number}": encode_array(
                   np.array([row["test_accuracy"] for row in history.rows], np.float32))
               for number, history in enumerate(before, 1)}  # fmt: skip
     metrics, measured = measure(fitted)
-    record = finished(
+    return finished(
         f"liu2021.{experiment}", variant, seed, scale, recipe=fitted.recipe,
         planned=find_recipe(experiment, variant, scale, None).epochs, history=last.rows,
         dataset=fitted.dataset, metrics=metrics, arrays=arrays | measured,
+        before=sum(seconds_of(history.rows) for history in before),
     )  # fmt: skip
-    record.seconds = round(record.seconds + seconds, 1)
-    return record
 
 
 def measure(fitted: Fit) -> tuple[dict[str, float], dict]:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bnnbook import data, training
 from bnnbook.binarize import real_weight, ste_sign
-from bnnbook.experiments.runs import finished, recipe_at, seeded, step_factor
+from bnnbook.experiments.runs import finished, recipe_at, seconds_of, seeded, step_factor
 from bnnbook.layers import attention_matching, binary_layers
 from bnnbook.models import expertnet
 from bnnbook.models.expert import ExpertUnit
@@ -77,7 +77,7 @@ def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -
     ``epochs``, the number for each step, replaces the recipe's if given; fewer epochs shorten the
     warm-up, too.
     """
-    recipe = recipe_at("martinez2020", experiment, variant, scale, VARIANTS, RECIPES)
+    recipe = recipe_at("martinez2020", experiment, variant, scale, None, VARIANTS, RECIPES)
     recipe = replace(recipe, **CHANGES[variant])
     if epochs is None:
         return recipe
@@ -298,12 +298,11 @@ def make_record(variant: str, seed: int, scale: str, fitted: Fit) -> Record:
     arrays = {f"test_accuracy, {name}": encode_array(
                   np.array([row["test_accuracy"] for row in each], np.float32))
               for name, each in rows.items()}  # fmt: skip
-    last = rows["binary"]
-    record = finished(
+    *before, last = rows.values()  # the last step is called "binary"
+    return finished(
         "martinez2020.pieces", variant, seed, scale, recipe=fitted.recipe,
         planned=RECIPES["pieces"][scale].epochs, history=last, dataset=fitted.dataset,
         metrics={"test_error": 1 - last[-1]["test_accuracy"],
                  "train_loss": last[-1]["train_loss"], **errors}, arrays=arrays,
+        before=sum(map(seconds_of, before)),
     )  # fmt: skip
-    record.seconds = round(sum(row["seconds"] for each in rows.values() for row in each), 1)
-    return record

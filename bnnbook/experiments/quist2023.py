@@ -184,10 +184,9 @@ def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None,
 
     ``epochs`` and ``alpha``, if given, replace the recipe's; alpha before the variant's changes.
     """
-    recipe = recipe_at("quist2023", experiment, variant, scale, VARIANTS, RECIPES)
+    recipe = recipe_at("quist2023", experiment, variant, scale, epochs, VARIANTS, RECIPES)
     recipe = recipe if alpha is None else replace(recipe, alpha=alpha)
-    recipe = replace(recipe, **CHANGES[experiment](recipe)[variant])
-    return recipe if epochs is None else replace(recipe, epochs=epochs)
+    return replace(recipe, **CHANGES[experiment](recipe)[variant])
 
 
 # --- Training ----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
 import torch
@@ -20,17 +20,19 @@ def check_name(what: str, name: str, known: Collection[str], experiment: str) ->
         raise ValueError(f"unknown {what} {name!r} of {experiment}; known: {listed}")
 
 
-def recipe_at(paper: str, experiment: str, variant: str, scale: str, variants: Mapping,
-              recipes: Mapping):  # fmt: skip
+def recipe_at(paper: str, experiment: str, variant: str, scale: str, epochs: int | None,
+              variants: Mapping, recipes: Mapping):  # fmt: skip
     """Return the recipe of an experiment at a scale, before its variant's changes.
 
+    epochs: None for the recipe's own.
     variants, recipes: by experiment, a paper's ``VARIANTS`` and ``RECIPES``. Raises ValueError,
     listing the known ones, for an unknown variant or scale.
     """
     name = f"{paper}.{experiment}"
     check_name("variant", variant, variants[experiment], name)
     check_name("scale", scale, recipes[experiment], name)
-    return recipes[experiment][scale]
+    recipe = recipes[experiment][scale]
+    return recipe if epochs is None else replace(recipe, epochs=epochs)
 
 
 @contextmanager
@@ -70,19 +72,25 @@ def check_settings(scale: str, seeds: int, epochs: int, least: int = 1) -> None:
         )
 
 
+def seconds_of(history: Sequence[Mapping]) -> float:
+    """Return how long the epochs of a history took."""
+    return sum(row["seconds"] for row in history)
+
+
 def finished(experiment: str, variant: str, seed: int, scale: str, *, recipe, planned: int,
              history: list[dict], dataset: Dataset, metrics: Mapping,
              arrays: Mapping | None = None, settings: Mapping | None = None,
-             ) -> Record:  # fmt: skip
+             before: float = 0.0) -> Record:  # fmt: skip
     """Return the record of a run that has just ended.
 
     experiment: its name with the paper's, such as "binaryconnect.table2".
+    history: of the last training. before: the seconds that the run's other trainings took.
     recipe: a dataclass; if its ``epochs`` differ from ``planned``, the record says so.
     settings: what the recipe leaves open; the precision is added.
     dataset: on the device that the run used.
     """
     device = dataset.train_images.device
-    seconds = sum(row["seconds"] for row in history)
+    seconds = before + seconds_of(history)
     words = "of" if recipe.epochs < planned else "epochs instead of"
     shortened = f"{recipe.epochs} {words} {planned} epochs"
     return Record(

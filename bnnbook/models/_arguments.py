@@ -1,6 +1,7 @@
 """Checks of the constructors' arguments, which raise ValueError."""
 
 from collections.abc import Collection
+from numbers import Integral
 
 
 def check_choice(argument: str, value, known: Collection) -> None:
@@ -27,7 +28,7 @@ def check_counts(**counts) -> None:
     """
     for argument, value in counts.items():
         numbers = value if isinstance(value, (tuple, list)) else (value,)
-        if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
+        if not numbers or not all(isinstance(n, Integral) and n > 0 for n in numbers):
             raise ValueError(f"{argument}: positive integers, not {value!r}")
 
 
@@ -42,17 +43,3 @@ def check_lengths(length: int, **sequences) -> None:
     for argument, value in sequences.items():
         if len(value) != length:
             raise ValueError(f"{argument}: {length} numbers, not {len(value)}")
-
-
-def check_quantizers(**quantizers) -> None:
-    """Raise ValueError unless each argument is a function or None.
-
-    >>> check_quantizers(weight_quantizer=None, input_quantizer=abs)
-    """
-    for argument, quantizer in quantizers.items():
-        if quantizer is not None and not callable(quantizer):
-            raise ValueError(
-                f"unknown {argument} {quantizer!r}; known: None or a function of a tensor, as "
-                "ste_sign, approx_sign, swish_sign, magnitude_aware_sign, stochastic_sign, "
-                "real_weight of bnnbook.binarize"
-            )

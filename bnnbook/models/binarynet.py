@@ -8,7 +8,7 @@ from torch import nn
 
 from bnnbook.binarize import ste_sign
 from bnnbook.layers import BinaryConv2d, BinaryLinear
-from bnnbook.models._arguments import check_choice, check_counts, check_quantizers
+from bnnbook.models._arguments import check_choice, check_counts
 
 # Pixels by which the first convolution pads each side.
 PADDINGS = {"valid": 0, "same": 1}
@@ -33,12 +33,11 @@ def binarynet(classes: int = 10, *, widths: Sequence[int] = (128, 256, 512),
       are ±1 themselves, as `Bop` and `CascadedEMA` train them.
     - input_quantizer: binarises the inputs of all layers but the first.
 
-    Raises ValueError for an unknown padding, for a quantizer that is no function, and for an image
-    that is too small for all poolings. (arXiv 1906.02107, section 5, and its code.)
+    Raises ValueError for an unknown padding and for an image that is too small for all poolings,
+    TypeError for a quantizer that is no function. (arXiv 1906.02107, section 5, and its code.)
     """
     check_counts(classes=classes, widths=tuple(widths), hidden=tuple(hidden),
                  in_channels=in_channels)  # fmt: skip
-    check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)
     check_choice("padding", padding, PADDINGS)
     border = PADDINGS[padding]
     size = (image_size + 2 * border - 2) // 2 ** len(widths)

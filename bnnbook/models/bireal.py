@@ -13,7 +13,6 @@ from bnnbook.models._arguments import (
     check_choice,
     check_counts,
     check_lengths,
-    check_quantizers,
 )
 
 BINARY_CONV = partial(
@@ -101,8 +100,8 @@ def birealnet20(classes: int = 10, *, in_channels: int = 3, widths: Sequence[int
     - input_quantizer: binarises the input of each binary convolution.
     - padding_value: see `BinaryConv2d`.
 
-    Raises ValueError for an unknown shortcut, for a quantizer that is no function, and for
-    ``widths`` and ``convolutions`` of different lengths.
+    Raises ValueError for an unknown shortcut and for ``widths`` and ``convolutions`` of different
+    lengths, TypeError for a quantizer that is no function.
     """
     first = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
     return _birealnet([first], classes, in_channels, widths, convolutions, shortcut, padding_value,
@@ -135,7 +134,6 @@ def _birealnet(stem, classes, in_channels, widths, convolutions, shortcut, paddi
     check_counts(classes=classes, in_channels=in_channels, widths=tuple(widths),
                  convolutions=tuple(convolutions))  # fmt: skip
     check_lengths(len(widths), convolutions=convolutions)
-    check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)
     conv = partial(BinaryConv2d, weight_quantizer=weight_quantizer,
                    input_quantizer=input_quantizer, padding_value=padding_value)  # fmt: skip
     first, *pool = stem

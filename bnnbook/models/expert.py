@@ -20,7 +20,6 @@ from bnnbook.models._arguments import (
     check_choice,
     check_counts,
     check_lengths,
-    check_quantizers,
 )
 
 
@@ -185,12 +184,11 @@ def expertnet(classes: int = 10, *, blocks: Sequence[int] = (1, 1, 1, 1), expans
     The final model is ``expertnet(1000, **parse_architecture("1262-2-4:8:8:16"), stem="light",
     data_driven=True)``; ``expertnet(1000, blocks=(2, 2, 2, 2), experts=1, pointwise=False)`` has
     the layout of Real-to-Binary's strong baseline. Raises ValueError for numbers that do not fit
-    together, for an unknown stem or gate and for a quantizer that is no function. (Sections 4.1 to
-    4.3.)
+    together and for an unknown stem or gate, TypeError for a quantizer that is no function.
+    (Sections 4.1 to 4.3.)
     """
     _check_architecture(blocks, expansion, groups)
     check_counts(classes=classes, experts=experts, width=width, in_channels=in_channels)
-    check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)
     check_choice("stem", stem, STEMS)
     check_choice("gate", gate, GATES)
     stages = OrderedDict(stem=STEMS[stem](in_channels, width))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnnbook.binarize import approx_sign, magnitude_aware_sign
 from bnnbook.layers import BinaryConv2d, GlobalAveragePool, LearnableShift, RPReLU
-from bnnbook.models._arguments import check_counts, check_quantizers
+from bnnbook.models._arguments import check_counts
 from bnnbook.models.bireal import BINARY_CONV
 
 CHANNELS_A = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
@@ -63,11 +63,10 @@ def reactnet_small(classes: int = 10, *, in_channels: int = 3,
     output layer. ``channels`` lists those of the stem, then those of each block; a block that
     doubles them has stride 2, except for the first. ``stride`` is that of the stem; the quantizers
     and ``padding_value`` are as in `birealnet20`. 1 055 744 binary weights. Input (N, in_channels,
-    H, W), output (N, classes). Raises ValueError for a quantizer that is no function and for
-    channels that neither stay the same nor double.
+    H, W), output (N, classes). Raises ValueError for channels that neither stay the
+    same nor double, TypeError for a quantizer that is no function.
     """
     check_counts(classes=classes, in_channels=in_channels, channels=tuple(channels), stride=stride)
-    check_quantizers(weight_quantizer=weight_quantizer, input_quantizer=input_quantizer)
     conv = partial(BinaryConv2d, weight_quantizer=weight_quantizer,
                    input_quantizer=input_quantizer, padding_value=padding_value)  # fmt: skip
     blocks = []

@@ -5,7 +5,7 @@ import math
 from torch import Tensor, linspace, nn, no_grad, random, zeros
 from torch.func import functional_call
 
-from bnnbook.binarize import stochastic_sign
+from bnnbook.binarize import function_of, stochastic_sign
 from bnnbook.layers import BinaryLayer
 
 REAL_BITS = 32
@@ -113,8 +113,7 @@ def _row(name: str, module: nn.Module, outputs: list, counted: set[int]) -> dict
     weights = module.weight.numel() if binary and any(p is module.weight for p in own) else 0
     weight_bits = input_bits = REAL_BITS
     if binary:
-        weight_grid = _grid(module).expand(2, -1)  # (out, in), as weights are
-        weight_bits = _bits(module.weight_quantizer, 1, weight_grid, channels=0)
+        weight_bits = _bits(module.weight_quantizer, 1, _weight_grid(module), channels=0)
         inputs = _input_grid(module)
         input_bits = _bits(module.input_quantizer, REAL_BITS, inputs, channels=1)
     bops = macs if weight_bits == input_bits == 1 else 0
@@ -144,6 +143,16 @@ def _grid(layer: BinaryLayer) -> Tensor:
     return linspace(-2, 2, 4096, device="cpu" if device.type == "meta" else device)
 
 
+def _weight_grid(layer: BinaryLayer) -> Tensor:
+    """Return numbers from -2 to 2 in each output channel, in as many dimensions as weights have.
+
+    A layer of experts quantizes all of them at once: its output channels are those of all.
+    """
+    weight = layer.weight.flatten(0, 1) if layer.weight.dim() == 5 else layer.weight
+    grid = _grid(layer).view(1, -1, *[1] * (weight.dim() - 2))
+    return grid.expand(len(weight), *grid.shape[1:])
+
+
 def _input_grid(layer: BinaryLayer) -> Tensor:
     """Return numbers from -2 to 2 in each channel; an input quantizer may have one scale for each.
 
@@ -164,7 +173,7 @@ def _bits(quantizer, unquantized: int, grid: Tensor, channels: int) -> int:
     """
     if quantizer is None:
         return unquantized
-    if getattr(quantizer, "func", quantizer) is stochastic_sign:
+    if function_of(quantizer) is stochastic_sign:
         return 1  # known, without drawing from its generator
     with no_grad(), random.fork_rng([grid.device] if grid.is_cuda else []):
         quantized = quantizer(grid)
