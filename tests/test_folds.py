@@ -1,5 +1,7 @@
 """What the line above a folded cell says."""
 
+from types import SimpleNamespace
+
 import pytest
 from docutils import nodes
 
@@ -37,6 +39,18 @@ def test_a_fold_says_what_is_in_it(folded, what):
     folds.name_folds(None, page)
     assert folded["prompt_show"] == f"Show {what}"
     assert folded["prompt_hide"] == f"Hide {what}"
+
+
+def test_a_fold_is_read_aloud_by_its_line():
+    from myst_nb.sphinx_ import HideCodeCellNode, visit_HideCellInput
+
+    writer = SimpleNamespace(body=[])
+    visit_HideCellInput(writer, HideCodeCellNode(prompt_show="Show A", prompt_hide="Hide A"))
+    context = {"body": "".join(writer.body)}
+    assert "aria-label" in context["body"]  # as MyST-NB writes it
+    folds.read_aloud(None, "page", "page.html", context, None)
+    assert "aria-label" not in context["body"]
+    assert "Show A" in context["body"]
 
 
 def test_an_open_cell_gets_no_line():

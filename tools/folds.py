@@ -30,7 +30,14 @@ def name_folds(app: Sphinx, doctree: nodes.document) -> None:
             cell["prompt_show"], cell["prompt_hide"] = f"Show {what}", f"Hide {what}"
 
 
+def read_aloud(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
+    """Let screen readers read that line, and not MyST-NB's label, which is the same on all."""
+    body = context.get("body", "")
+    context["body"] = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the hook; Sphinx calls this."""
+    """Register the hooks; Sphinx calls this."""
     app.connect("doctree-read", name_folds)
+    app.connect("html-page-context", read_aloud)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
