@@ -67,8 +67,9 @@ class Claim:
 
 
 def _unbroken(text: str) -> str:
-    """Keep a number with its spread, and n with its number, on one line."""
-    return text.replace(" ± ", "\u00a0±\u00a0").replace("n = ", "n\u00a0=\u00a0")
+    """Keep a number with its unit or spread, and n with its number, on one line."""
+    text = re.sub(r"(?<=\d) (?=[%×±·])|(?<=[×±·]) (?=\d)", "\u00a0", text)
+    return text.replace("n = ", "n\u00a0=\u00a0")
 
 
 def check(

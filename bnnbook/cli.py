@@ -163,10 +163,8 @@ def record(
     if scale == "small" and (out or results) is None and not os.environ.get("BNNBOOK_RESULTS"):
         results = runs  # as `run` does
     folders = [results] if out is None else [results, out]
-    if not checkpoint_minutes >= 0:
-        raise ValueError(f"--checkpoint-minutes must be at least 0, not {checkpoint_minutes}")
-    jobs_of_all = recording.all_jobs(scale, only or (), seed or recording.SEEDS, epochs)
-    wanted = recording.possible(jobs_of_all, typer.echo)
+    asked = recording.all_jobs(scale, only or (), seed or recording.SEEDS, epochs)
+    wanted = recording.possible(asked, typer.echo)
     if show:
         _show_states(wanted, folders, runs, device)
         return

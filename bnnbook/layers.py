@@ -538,7 +538,7 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
     `torch.nn.TransformerEncoderLayer`, whose fast path does the same, that path is switched off.)
 
     Raises ValueError if no layer is chosen, and for chosen layers that compute something else or
-    would lose something: those of a subclass, those with hooks.
+    would lose something: those of a subclass, those with hooks, those compiled by themselves.
 
     >>> net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(7, 6))
     >>> binary = binarized(net)
@@ -556,9 +556,9 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
 
 def replace_parts(network: nn.Module, parts: dict[nn.Module, nn.Module]) -> None:
     """Replace parts of a network wherever its modules hold them: as modules, or in a list too."""
-    by_id = {id(old): new for old, new in parts.items()}
+    by_id = {id(old): new for old, new in parts.items() if new is not old}
     for module in list(network.modules()):
-        if getattr(module, "_orig_mod", None) in parts:  # its forward is bound to the old layer
+        if id(getattr(module, "_orig_mod", None)) in by_id:  # its forward is bound to the old one
             raise ValueError("a layer that torch.compile has compiled by itself cannot be "
                              "replaced: compile it, or the whole network, afterwards")  # fmt: skip
         _swap(vars(module), by_id)

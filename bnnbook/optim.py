@@ -78,7 +78,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     binary = True  # the weights are exactly -1 or +1
 
     def __init__(self, params: Iterable, defaults: dict):
-        defaults, params = _with_lr(defaults, self.lr_name), list(params)
+        defaults = _with_lr(defaults, self.lr_name)
+        params = params if isinstance(params, Tensor) else list(params)  # torch refuses a tensor
         for group in params:  # before the weights of any group are changed
             if isinstance(group, dict):
                 self.check({**defaults, **_with_lr(group, self.lr_name)})
@@ -172,9 +173,12 @@ class FlipOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore buffers and rates; buffers of half-precision weights stay in float32.
 
-        Raises ValueError for the state of another kind of optimizer, before anything is changed.
+        Raises ValueError, before anything is changed, for a state whose groups lack a number of
+        this optimizer's, as those of another kind may.
         """
-        missing = set(self.defaults).difference(*state_dict["param_groups"])
+        # torch adds keys to the defaults that no group has
+        own = set(self.defaults).intersection(*self.param_groups)
+        missing = own.difference(*state_dict["param_groups"])
         if missing:
             raise ValueError(f"this is no state of {type(self).__name__}: its groups have no "
                              f"{', '.join(sorted(missing))}")  # fmt: skip
@@ -692,7 +696,8 @@ class _RateAsLR(dict):
         return self.renamed(key) in self.group
 
     def __getitem__(self, key):
-        return self.group[self.renamed(key)]
+        own = self.renamed(key)  # which older checkpoints lack
+        return self.group[own if own in self.group else key]
 
     def __setitem__(self, key, value):
         self.group[self.renamed(key)] = value

@@ -123,17 +123,17 @@ def _meant_by(name: str, scale: str) -> list[str]:
 
 def possible(jobs: Iterable[Job], say: Callable[[str], object]) -> list[Job]:
     """Return the jobs that have epochs enough for all their steps; ``say`` which have not."""
-    found, told = [], set()
-    for job in jobs:
+    reasons = {}
+    for name, variant, scale, epochs in {
+        (j.experiment, j.variant, j.scale, j.epochs) for j in jobs
+    }:
         try:
-            epochs = job.planned
+            experiments.recipe(name, variant, scale, epochs)
         except ValueError as error:
-            if job.experiment not in told:
-                say(f"{job.experiment} is left out: {error}")
-            told.add(job.experiment)
-        else:
-            found += [job] * (epochs > 0)
-    return found
+            reasons[name, variant] = error
+    for (name, variant), reason in sorted(reasons.items()):
+        say(f"{name} {variant} is left out: {reason}")
+    return [job for job in jobs if (job.experiment, job.variant) not in reasons]
 
 
 # --- What there is -----------------------------------------------------------------------------
@@ -326,6 +326,8 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
         raise ValueError(f"at least one run at a time, not {at_once}")
     if not seconds > 0:  # nan is not
         raise ValueError(f"the time must be positive, not {seconds / 60:g} minutes")
+    if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
+        raise ValueError(f"minutes between checkpoints: 0 or more, not {checkpoint_minutes:g}")
     check_folders(runs, records.results_folder(results))
     if any(job.scale == "full" for job in jobs):
         _warn_without_commit(say)

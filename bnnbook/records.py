@@ -355,7 +355,7 @@ def read(path: str | os.PathLike) -> Record:
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise RecordError(f"{path} is damaged: {error}; {_move_aside(path)}") from error
     own = record_path(record.experiment, record.variant, record.seed, record.scale)
-    if not path.resolve().match(str(own.relative_to(results_folder()))):
+    if not path.absolute().match(str(own.relative_to(results_folder()))):
         raise RecordError(f"{path} holds the record of another run, whose file is {own.name} in "
                           f"{own.parent.name}: move it there, or remove it")  # fmt: skip
     return record

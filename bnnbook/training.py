@@ -561,7 +561,7 @@ class _Run:
             self.replay.check_fixed(self)
 
     def check_losses(self) -> None:
-        """Raise NonFiniteLossError for a loss of this epoch, or GraphError as `check_replay`."""
+        """Raise NonFiniteLossError for a loss that is not finite, GraphError as `check_replay`."""
         self.check_replay()
         bad = (~self.losses[: self.step].isfinite()).nonzero()
         if len(bad):
@@ -807,8 +807,8 @@ def stops_handled(handler: Callable):
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _bar(run: _Run, progress: bool | None) -> tqdm:

@@ -287,10 +287,10 @@ def test_the_html_is_a_table_with_one_row(holds, badge):
     assert heads == ["claim", "paper", "ours", "scale, hardware", "verdict"]
     (row,) = table.select("tbody tr")
     cells = [td.text for td in row.find_all("td")]
-    # spaces at which no line breaks keep a spread with its mean, and n with its number
-    ours = "—" if holds is None else "1.50\u00a0±\u00a00.71 % (n\u00a0=\u00a02)"
+    # spaces at which no line breaks keep a number with its unit and spread, and n with its own
+    ours = "—" if holds is None else "1.50\u00a0±\u00a00.71\u00a0% (n\u00a0=\u00a02)"
     where = "small scale, Abacus"
-    assert cells == ["A statement.", "1.29 % (table 2)", ours, where, claim.verdict]
+    assert cells == ["A statement.", "1.29\u00a0% (table 2)", ours, where, claim.verdict]
     assert row.select_one("span.verdict")["class"] == ["verdict", badge]
 
 

@@ -87,8 +87,9 @@ class Toy:
     def __init__(self, monkeypatch, scales=("small", "full")):
         self.calls, self.then = [], lambda: None
         recipes = dict.fromkeys(scales, SimpleNamespace(dataset="digits", epochs=1000))
-        found = {"toy.table": (self.run, ("a", "b"), recipes),
-                 "toy.other": (self.run, ("never",), {"small": None})}  # fmt: skip
+        toy = experiments.Experiment(self.run, ("a", "b"), recipes)
+        other = experiments.Experiment(self.run, ("never",), {"small": None})
+        found = {"toy.table": toy, "toy.other": other}
         monkeypatch.setattr(experiments, "names", lambda: list(found))
         monkeypatch.setattr(experiments, "PRIORITY", tuple(found))
         monkeypatch.setattr(experiments, "find", found.__getitem__)
@@ -703,10 +704,3 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys
     assert not list(Path("results").iterdir())
     invoke(*command)
     assert len(json.loads(records.find(NAME, "clipped", 0, scale="small").read_text())) > 1
-
-
-@pytest.mark.parametrize("minutes", ["nan", "-1"])
-def test_a_time_between_checkpoints_that_is_none(monkeypatch, capsys, minutes):
-    code, _, err = call(monkeypatch, capsys, "record", "--checkpoint-minutes", minutes)
-    assert code
-    assert "--checkpoint-minutes must be at least 0, not" in err

@@ -1279,6 +1279,9 @@ def test_a_layer_that_was_compiled_by_itself_is_not_replaced():
     net[1] = torch.compile(net[1], backend="eager")
     with pytest.raises(ValueError, match="compile it, or the whole network, afterwards"):
         layers.binarized(net, lambda name, layer: name.startswith("1"))
+    assert isinstance(
+        layers.binarized(net, lambda name, layer: name == "0")[0], layers.BinaryLinear
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e8, 1e18])

@@ -1244,3 +1244,29 @@ def test_the_state_of_another_kind_of_optimizer_is_refused():
     with pytest.raises(ValueError, match="no state of CascadedEMA: its groups have no gamma"):
         averages.load_state_dict(bop.state_dict())
     assert averages.param_groups[0]["gamma"] == 0.2
+
+
+@pytest.mark.parametrize("make", [lambda w: optim.Bop([w], gamma=0.1, threshold=0.0),
+                                  lambda w: optim.LatentSGD([w], lr=0.1)])  # fmt: skip
+def test_a_state_can_be_loaded_again_and_into_a_copy(make):
+    optimizer = make(nn.Parameter(torch.ones(2)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+
+
+def test_a_weight_without_brackets_is_refused_in_the_words_of_torch():
+    with pytest.raises(TypeError, match="should be an iterable of Tensors or dicts"):
+        optim.Bop(nn.Parameter(torch.ones(2)), gamma=0.1, threshold=0.0)
+
+
+def test_a_schedule_of_an_older_state_finds_its_numbers():
+    """Before, what a scheduler keeps for gamma stood under its own name: max_lr, not max_gamma."""
+    optimizer = optim.CascadedEMA([nn.Parameter(torch.ones(2))], alpha=0.1, gamma=0.2)
+    lent = optim.rate_as_lr(optimizer, "gamma")
+    cycle = lr_scheduler.OneCycleLR(lent, max_lr=0.5, total_steps=9, cycle_momentum=False)
+    for group in optimizer.param_groups:
+        group["max_lr"] = group.pop("max_gamma")
+    optimizer.step()
+    cycle.step()
+    assert 0.02 < optimizer.param_groups[0]["gamma"] < 0.5

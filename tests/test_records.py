@@ -577,3 +577,10 @@ def test_a_record_under_the_name_of_another_run_counts_as_none(tmp_path, place):
         records.read(moved)
     assert moved.exists()
     assert len(list(records.read_all(root=tmp_path, on_error=lambda error: None))) == 1
+
+
+def test_a_record_may_be_a_link_to_a_file_of_any_name(tmp_path):
+    path = records.save(make(), tmp_path)
+    path.rename(tmp_path / "stored")
+    path.symlink_to(tmp_path / "stored")
+    assert records.read(path).variant == "sgd"

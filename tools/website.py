@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.chapters import ROOT, write_atomically
 
 SOURCES = (
-    "_config.yml", "_toc.yml", "book", "notebooks", "bnnbook", "tools/api.py", "tools/folds.py",
+    "_config.yml", "_toc.yml", "book", "notebooks", "bnnbook", "tools/api.py", "tools/pages.py",
     "requirements.lock",
 )  # fmt: skip
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}

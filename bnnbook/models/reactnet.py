@@ -63,8 +63,8 @@ def reactnet_small(classes: int = 10, *, in_channels: int = 3,
     output layer. ``channels`` lists those of the stem, then those of each block; a block that
     doubles them has stride 2, except for the first. ``stride`` is that of the stem; the quantizers
     and ``padding_value`` are as in `birealnet20`. 1 055 744 binary weights. Input (N, in_channels,
-    H, W), output (N, classes). Raises ValueError for channels that neither stay the
-    same nor double, TypeError for a quantizer that is no function.
+    H, W), output (N, classes). Raises ValueError for channels that neither stay the same nor
+    double, TypeError for a quantizer that is no function.
     """
     check_counts(classes=classes, in_channels=in_channels, channels=tuple(channels), stride=stride)
     conv = partial(BinaryConv2d, weight_quantizer=weight_quantizer,

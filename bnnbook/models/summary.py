@@ -149,7 +149,7 @@ def _weight_grid(layer: BinaryLayer) -> Tensor:
     A layer of experts quantizes all of them at once: its output channels are those of all.
     """
     weight = layer.weight.flatten(0, 1) if layer.weight.dim() == 5 else layer.weight
-    grid = _grid(layer).view(1, -1, *[1] * (weight.dim() - 2))
+    grid = _grid(layer)[::4].view(1, -1, *[1] * (weight.dim() - 2))  # in all channels: fewer
     return grid.expand(len(weight), *grid.shape[1:])
 
 

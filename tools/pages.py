@@ -1,7 +1,13 @@
-"""A Sphinx extension: the line above a folded cell says what is folded."""
+"""A Sphinx extension: folded cells say what is in them, and numbers keep their units."""
+
+import re
 
 from docutils import nodes
 from sphinx.application import Sphinx
+
+# A space between a number and what belongs to it, at which no line shall break.
+WITHIN = re.compile(r"(?<=\d) (?=[%×±·])|(?<=[×±·]) (?=\d)")
+AS_IT_IS = (nodes.literal, nodes.FixedTextElement, nodes.math, nodes.math_block, nodes.raw)
 
 
 def subject(cell: nodes.container) -> str:
@@ -30,6 +36,14 @@ def name_folds(app: Sphinx, doctree: nodes.document) -> None:
             cell["prompt_show"], cell["prompt_hide"] = f"Show {what}", f"Hide {what}"
 
 
+def keep_units(app: Sphinx, doctree: nodes.document) -> None:
+    """Let no line break within "17.0 %", "8 × 8" or "0.65 ± 0.34"."""
+    for text in list(doctree.findall(nodes.Text)):
+        kept = WITHIN.sub("\u00a0", text)
+        if kept != text and not isinstance(text.parent, AS_IT_IS):
+            text.parent.replace(text, nodes.Text(kept))
+
+
 def read_aloud(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Let screen readers read that line, and not MyST-NB's label, which is the same on all."""
     body = context.get("body", "")
@@ -39,5 +53,6 @@ def read_aloud(app: Sphinx, page: str, template: str, context: dict, doctree) ->
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hooks; Sphinx calls this."""
     app.connect("doctree-read", name_folds)
+    app.connect("doctree-read", keep_units)
     app.connect("html-page-context", read_aloud)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

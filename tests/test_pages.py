@@ -1,11 +1,11 @@
-"""What the line above a folded cell says."""
+"""What the line above a folded cell says, and where a line may break."""
 
 from types import SimpleNamespace
 
 import pytest
 from docutils import nodes
 
-from tools import folds
+from tools import pages
 
 
 def cell(code: str, *shown: nodes.Node, tags=(), hides: str = "input") -> nodes.container:
@@ -36,7 +36,7 @@ FRAME = nodes.raw("", '<table class="dataframe">', format="html")
 )
 def test_a_fold_says_what_is_in_it(folded, what):
     page = nodes.Element("", nodes.container("", folded, nodes.paragraph()))
-    folds.name_folds(None, page)
+    pages.name_folds(None, page)
     assert folded["prompt_show"] == f"Show {what}"
     assert folded["prompt_hide"] == f"Hide {what}"
 
@@ -48,12 +48,24 @@ def test_a_fold_is_read_aloud_by_its_line():
     visit_HideCellInput(writer, HideCodeCellNode(prompt_show="Show A", prompt_hide="Hide A"))
     context = {"body": "".join(writer.body)}
     assert "aria-label" in context["body"]  # as MyST-NB writes it
-    folds.read_aloud(None, "page", "page.html", context, None)
+    pages.read_aloud(None, "page", "page.html", context, None)
     assert "aria-label" not in context["body"]
     assert "Show A" in context["body"]
 
 
 def test_an_open_cell_gets_no_line():
     shown = nodes.container("", nodes.container(), cell_metadata={})
-    folds.name_folds(None, nodes.Element("", shown))
+    pages.name_folds(None, nodes.Element("", shown))
     assert "prompt_show" not in shown
+
+
+def test_a_number_keeps_its_unit():
+    words = "In 17.0 % of 8 × 8 digits, 0.65 ± 0.34; a % b, n = 3 and 2 · 10 stay."
+    code, text = nodes.literal("", words), nodes.inline("", words)
+    pages.keep_units(None, nodes.Element("", nodes.paragraph("", "", text, code)))
+    assert code.astext() == words
+    assert text.astext().replace("\u00a0", " ") == words
+    assert text.astext().split(" ") == [
+        "In", "17.0\u00a0%", "of", "8\u00a0×\u00a08", "digits,", "0.65\u00a0±\u00a00.34;",
+        "a", "%", "b,", "n", "=", "3", "and", "2\u00a0·\u00a010", "stay.",
+    ]  # fmt: skip
