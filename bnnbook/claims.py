@@ -17,6 +17,8 @@ NOT_REPRODUCED = "not reproduced"
 OPEN = "only at full scale, not yet recorded"
 # The CSS class of each verdict.
 BADGE = {REPRODUCED: "reproduced", NOT_REPRODUCED: "not-reproduced", OPEN: "open"}
+# A space between a number and what belongs to it.
+WITHIN = re.compile(r"(?<=\d) (?=[%×±·])|(?<=[×±·]) (?=\d)|(?<=\bn) (?==)|(?<=\bn =) ")
 ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
 _checked: dict[str, "Claim"] = {}
@@ -53,7 +55,7 @@ class Claim:
         if self.source:
             paper += f" ({self.source})"
         cells = [self.statement, paper, self.measured["text"] or "—", where]
-        row = "".join(f"<td>{_unbroken(escape(cell))}</td>" for cell in cells)
+        row = "".join(f"<td>{unbroken(escape(cell))}</td>" for cell in cells)
         badge = f'<span class="verdict {BADGE[self.verdict]}">{escape(self.verdict)}</span>'
         heads = ("claim", "paper", "ours", "scale, hardware", "verdict")
         head = "".join(f'<th scope="col">{name}</th>' for name in heads)
@@ -66,10 +68,13 @@ class Claim:
         return {"text/plain": str(self), "text/html": self._repr_html_(), MIME: asdict(self)}
 
 
-def _unbroken(text: str) -> str:
-    """Keep a number with its unit or spread, and n with its number, on one line."""
-    text = re.sub(r"(?<=\d) (?=[%×±·])|(?<=[×±·]) (?=\d)", "\u00a0", text)
-    return text.replace("n = ", "n\u00a0=\u00a0")
+def unbroken(text: str) -> str:
+    """Return text with spaces that break no line within "0.65 ± 0.34 %", "8 × 8" and "n = 3".
+
+    >>> unbroken("0.65 ± 0.34 % (n = 3)").split(" ")
+    ['0.65\\xa0±\\xa00.34\\xa0%', '(n\\xa0=\\xa03)']
+    """
+    return WITHIN.sub("\u00a0", text)
 
 
 def check(

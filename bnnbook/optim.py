@@ -430,18 +430,23 @@ class LatentSGD(FlipOptimizer):
         lr, decay, clip = group["lr"], group["weight_decay"], group["clip"]
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be a number >= 0, not {lr}")
-        if not -math.inf < lr * decay <= 1 + 1e-9:
+        if not -math.inf < lr * decay <= 1:
             raise ValueError(f"lr * weight_decay must be at most 1, not {lr} * {decay}")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be None or > 0, not {clip}")
+        _check_clip(clip)
 
     @staticmethod
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma, lr times weight_decay, lr and, if there is one, the clipping bound."""
-        lr, gamma = _in_bounds(group, "lr", math.inf), _in_bounds(group, "gamma")
-        LatentSGD.check({**group, "lr": lr, "gamma": gamma or 1.0})  # a schedule may end at 0
+        decay = group["weight_decay"]
+        lr = _in_bounds(group, "lr", 1 / decay if decay > 0 else math.inf)
+        _check_clip(group["clip"])
         clip = () if group["clip"] is None else (group["clip"],)
-        return gamma, lr * group["weight_decay"], lr, *clip
+        return _in_bounds(group, "gamma"), lr * decay, lr, *clip
+
+
+def _check_clip(clip: float | None) -> None:
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be None or > 0, not {clip}")
 
 
 class CounterSGD(FlipOptimizer):

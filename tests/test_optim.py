@@ -1177,7 +1177,7 @@ def test_a_rate_from_numpy_has_a_scheduler():
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
-    ("lr", 1.0, r"lr \* weight_decay must be at most 1, not 1.0 \* 5.0"),
+    ("lr", 1.0, r"a scheduler set lr to 1.0; it must stay in \[0, 0.2\]"),
     ("clip", -1, "clip must be None or > 0, not -1"),
 ])  # fmt: skip
 def test_latent_sgd_keeps_its_bounds_when_a_schedule_changes_them(key, value, words):

@@ -60,12 +60,12 @@ def test_an_open_cell_gets_no_line():
 
 
 def test_a_number_keeps_its_unit():
-    words = "In 17.0 % of 8 × 8 digits, 0.65 ± 0.34; a % b, n = 3 and 2 · 10 stay."
+    words = "In 17.0 % of 8 × 8 digits, 0.65 ± 0.34, n = 3, 2 · 10; a % b and when = 3 stay."
     code, text = nodes.literal("", words), nodes.inline("", words)
     pages.keep_units(None, nodes.Element("", nodes.paragraph("", "", text, code)))
     assert code.astext() == words
     assert text.astext().replace("\u00a0", " ") == words
     assert text.astext().split(" ") == [
-        "In", "17.0\u00a0%", "of", "8\u00a0×\u00a08", "digits,", "0.65\u00a0±\u00a00.34;",
-        "a", "%", "b,", "n", "=", "3", "and", "2\u00a0·\u00a010", "stay.",
+        "In", "17.0\u00a0%", "of", "8\u00a0×\u00a08", "digits,", "0.65\u00a0±\u00a00.34,",
+        "n\u00a0=\u00a03,", "2\u00a0·\u00a010;", "a", "%", "b", "and", "when", "=", "3", "stay.",
     ]  # fmt: skip

@@ -1,12 +1,10 @@
 """A Sphinx extension: folded cells say what is in them, and numbers keep their units."""
 
-import re
-
 from docutils import nodes
 from sphinx.application import Sphinx
 
-# A space between a number and what belongs to it, at which no line shall break.
-WITHIN = re.compile(r"(?<=\d) (?=[%×±·])|(?<=[×±·]) (?=\d)")
+from bnnbook.claims import unbroken
+
 AS_IT_IS = (nodes.literal, nodes.FixedTextElement, nodes.math, nodes.math_block, nodes.raw)
 
 
@@ -37,11 +35,10 @@ def name_folds(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def keep_units(app: Sphinx, doctree: nodes.document) -> None:
-    """Let no line break within "17.0 %", "8 × 8" or "0.65 ± 0.34"."""
+    """Let no line of text break within what `unbroken` keeps together."""
     for text in list(doctree.findall(nodes.Text)):
-        kept = WITHIN.sub("\u00a0", text)
-        if kept != text and not isinstance(text.parent, AS_IT_IS):
-            text.parent.replace(text, nodes.Text(kept))
+        if not isinstance(text.parent, AS_IT_IS):
+            text.parent.replace(text, nodes.Text(unbroken(text)))
 
 
 def read_aloud(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:

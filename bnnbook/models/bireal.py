@@ -9,11 +9,7 @@ from torch.nn import functional as F
 
 from bnnbook.binarize import approx_sign, magnitude_aware_sign
 from bnnbook.layers import BinaryConv2d, GlobalAveragePool
-from bnnbook.models._arguments import (
-    check_choice,
-    check_counts,
-    check_lengths,
-)
+from bnnbook.models._arguments import check_choice, check_counts, check_lengths
 
 BINARY_CONV = partial(
     BinaryConv2d, weight_quantizer=magnitude_aware_sign, input_quantizer=approx_sign

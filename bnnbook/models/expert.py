@@ -16,11 +16,7 @@ from bnnbook.layers import (
     ExpertBinaryConv2d,
     GlobalAveragePool,
 )
-from bnnbook.models._arguments import (
-    check_choice,
-    check_counts,
-    check_lengths,
-)
+from bnnbook.models._arguments import check_choice, check_counts, check_lengths
 
 
 class SigmoidGateConv2d(ExpertBinaryConv2d):
