@@ -173,8 +173,8 @@ def record(
     missing = [j for j in wanted if not recording.state(j, folders, runs, device).is_done]
     outcome = recording.work_through(
         missing, seconds=60 * minutes, at_once=jobs, device=device, results=out or results,
-        runs=runs, measured=_measured(device, folders), checkpoint_minutes=checkpoint_minutes,
-        say=typer.echo,
+        runs=runs, others=folders, measured=_measured(device, folders),
+        checkpoint_minutes=checkpoint_minutes, say=typer.echo,
     )  # fmt: skip
     _report(outcome)
 
@@ -241,15 +241,23 @@ def show_data(
 
 
 def _is_recorded(job, device: str, results, runs: Path) -> bool:
-    """Whether a record makes a run unnecessary; say so, or that the run replaces the record."""
+    """Whether a record makes a run unnecessary; say so, or that the run replaces the record.
+
+    The record of the same run under another experiment's name is copied.
+    """
     from bnnbook import recording, records
 
+    how_far = recording.state(job, [results], runs, device)
+    if how_far.kind == "shared":
+        record = recording.same_run(job, [results], device)
+        typer.echo(recording.copy_record(job, record, results))
+        return True
     there = recording.read_record(job, results)
     if there is None:
         return False
     path = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)
     short = f" ({there.shortened})" if there.shortened else ""
-    if recording.state(job, [results], runs, device).is_done:
+    if how_far.is_done:
         typer.echo(f"{path} is there already{short}; --overwrite replaces it")
         return True
     typer.echo(f"{path} is shortened{short}: this run replaces it")

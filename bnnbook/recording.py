@@ -141,7 +141,10 @@ def possible(jobs: Iterable[Job], say: Callable[[str], object]) -> list[Job]:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is, in ``words``; ``kind`` is recorded, shortened, partial or missing."""
+    """How far a run is, in words.
+
+    ``kind`` is recorded, shared, shortened, partial or missing.
+    """
 
     kind: str
     words: str
@@ -156,12 +159,16 @@ def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> Stat
     """Return how far a run is, by the records in ``folders`` and its checkpoint in ``runs``.
 
     A shortened record is as good as recorded if it has at least the epochs that the job asks for.
-    A checkpoint from another kind of device, or in another precision, does not count.
+    A run that only another experiment has recorded (`same_run`) is "shared": nothing is left to
+    run, but its record is still to be copied. A checkpoint from another kind of device, or in
+    another precision, does not count.
     """
     found = [r for folder in folders if (r := read_record(job, folder)) is not None]
     lengths = [length_of(r) for r in found if r.shortened is not None]
     if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.planned):
         return State("recorded", "recorded")
+    if other := same_run(job, folders, device):
+        return State("shared", f"that of {other.experiment} {other.variant}")
     checkpoint = job.checkpoint(runs, device)
     if checkpoint.is_dir():  # only the experiment knows how many trainings it will have
         epochs, _ = epochs_and_seconds(checkpoint)
@@ -177,6 +184,33 @@ def read_record(job: Job, folder) -> Record | None:
     """Return the job's record in a folder, or None if there is none."""
     path = records.find(job.experiment, job.variant, job.seed, folder, job.scale)
     return None if path is None else records.read(path)
+
+
+def same_run(job: Job, folders: Iterable, device: str = "auto") -> Record | None:
+    """Return the record of the very same run that another experiment has in ``folders``, or None.
+
+    It counts if it is of the whole recipe or exactly as long as the job asks for, in the precision
+    in which the job would compute.
+    """
+    for name, variant in experiments.same_runs(job.experiment, job.variant, job.scale):
+        other = replace(job, experiment=name, variant=variant)
+        for folder in folders:
+            record = read_record(other, folder)
+            if record is not None and _serves(record, job, device):
+                return record
+    return None
+
+
+def _serves(record: Record, job: Job, device: str) -> bool:
+    is_as_long = record.shortened is None or (job.epochs and length_of(record) == job.planned)
+    return is_as_long and record.precision == training.precision(training.choose_device(device))
+
+
+def copy_record(job: Job, record: Record, results: Path | None = None) -> str:
+    """Write the record of the `same_run` as the job's own, and return a line about it."""
+    own = replace(record, experiment=job.experiment, variant=job.variant)
+    path = records.save(own, results, overwrite=True)
+    return f"{job}: the run of {record.experiment} {record.variant}, its record copied -> {path}"
 
 
 def length_of(record: Record) -> int:
@@ -305,7 +339,7 @@ class Outcome:
 
 
 def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, device: str = "auto",
-                 results: Path | None = None, runs: Path = Path("runs"),
+                 results: Path | None = None, runs: Path = Path("runs"), others: Sequence = (),
                  measured: dict | None = None, checkpoint_minutes: float | None = None,
                  say=print) -> Outcome:  # fmt: skip
     """Run the jobs in order, ``at_once`` in parallel, and stop before ``seconds`` are over.
@@ -314,7 +348,9 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
     the runs finished meanwhile, is passed over as long as another one can; if none can, the first
     one goes as far as it gets. Runs that are unfinished `GRACE` seconds before the end (or a tenth
     of the time, if that is less) write their checkpoints, and so they do on Ctrl-C and SIGTERM. A
-    run that another call is working on is left to that call. A run whose steps cannot be recorded
+    run that another call is working on is left to that call. A run that several experiments share
+    is made once: the others copy its record (`same_run`), also from the folders in ``others``.
+    A run whose steps cannot be recorded
     as a CUDA graph starts anew without graphs, which are then not tried again in its experiment.
     If a data set cannot be loaded, all waiting runs on it count as failed.
     ``say`` is called with a line when a run starts and another when it ends.
@@ -331,7 +367,7 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
     check_folders(runs, records.results_folder(results))
     if any(job.scale == "full" for job in jobs):
         _warn_without_commit(say)
-    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say, measured)
+    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say, measured, others)
     crew.outcome.waiting = list(jobs)
     end = time.monotonic() + seconds
     last = end - min(GRACE, seconds / 10)
@@ -379,8 +415,10 @@ def _warn_without_commit(say) -> None:
 class _Crew:
     """The processes at work."""
 
-    def __init__(self, device, results, runs, at_once, checkpoint_minutes, say, measured=None):
+    def __init__(self, device, results, runs, at_once, checkpoint_minutes, say, measured=None,
+                 others=()):  # fmt: skip
         self.device, self.results, self.runs = device, results, runs
+        self.folders = [results, *others]
         self.at_once, self.say, self.measured = at_once, say, dict(measured or {})
         self.running: dict = {}  # pipe of a process -> (job, process)
         self.lacking: dict[str, str] = {}  # data set that cannot be loaded -> reason
@@ -395,15 +433,30 @@ class _Crew:
 
     def fill(self, left: float) -> None:
         """Start jobs until ``at_once`` are running; ``left`` is the remaining time in seconds."""
-        waiting = self.outcome.waiting
-        while waiting and len(self.running) < self.at_once:
-            job = next((j for j in waiting if self.remaining(j) <= left), waiting[0])
-            waiting.remove(job)
+        while len(self.running) < self.at_once:
+            free = [job for job in self.outcome.waiting if self.is_free(job)]
+            if not free:
+                return
+            job = next((j for j in free if self.remaining(j) <= left), free[0])
+            self.outcome.waiting.remove(job)
+            if record := same_run(job, self.folders, self.device):
+                self.note(job, "done", copy_record(job, record, self.results))
+                continue
             self.tell(f"{job} starts")
             self.start(job)
 
+    def is_free(self, job: Job) -> bool:
+        """Whether no running process is making the very same run for another experiment."""
+        same = experiments.same_runs(job.experiment, job.variant, job.scale)
+        return not any(
+            (each.experiment, each.variant) in same and each.seed == job.seed
+            for each, _ in self.running.values()
+        )
+
     def remaining(self, job: Job) -> float:
         """Return the seconds that a job will still take; 0 if they cannot be estimated."""
+        if same_run(job, self.folders, self.device):
+            return 0.0
         checkpoint = job.checkpoint(self.runs, self.device)
         if checkpoint.is_dir():  # its epochs are those of several trainings
             _, seconds = epochs_and_seconds(checkpoint)

@@ -94,6 +94,7 @@ class Toy:
         monkeypatch.setattr(experiments, "PRIORITY", tuple(found))
         monkeypatch.setattr(experiments, "find", found.__getitem__)
         monkeypatch.setattr(experiments, "recipe", lambda *_: SimpleNamespace(epochs=1000))
+        monkeypatch.setattr(experiments, "same_runs", lambda *_: ())
 
     def run(self, variant, *, checkpoint, **options):
         self.calls.append({"variant": variant, "checkpoint": checkpoint} | options)
@@ -211,6 +212,25 @@ def test_a_shortened_record_does_not_spare_a_longer_run(tmp_path, tiny):
         spared = invoke(*command, *options)
         assert spared.stdout == f"{path} is there already; --overwrite replaces it\n"
     assert records.read(path).shortened is None
+
+
+def test_run_copies_the_record_of_the_same_run(tmp_path):
+    """Of another experiment, unless --overwrite asks for a run of its own."""
+    one = ["liu2021.two_step", "--variant", "one-step"]
+    same = ["liu2021.weight_decay", "--variant", "0x"]
+    options = ["--epochs", 1, "--results", tmp_path, "--runs", tmp_path, "--device", "cpu"]
+    invoke("run", *one, *options)
+    path = records.record_path("liu2021.weight_decay", "0x", 0, "small", tmp_path)
+    copied = invoke("run", *same, *options)
+    assert copied.stdout.endswith(
+        f": the run of liu2021.two_step one-step, its record copied -> {path}\n")  # fmt: skip
+    copy, copied_bytes = records.read(path), path.read_bytes()
+    assert "is there already" in invoke("run", *same, *options).stdout
+    invoke("run", *same, *options, "--overwrite")
+    own = records.read(path)
+    assert own.environment == copy.environment
+    assert (own.metrics, without_time(own)) == (copy.metrics, without_time(copy))
+    assert path.read_bytes() != copied_bytes  # each row of its history took another time
 
 
 def test_run_takes_all_variants_and_several_seeds(tiny):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,109 @@ def test_runs_side_by_side_equal_runs_one_by_one(tmp_path):
         alone = recording.read_record(job, tmp_path / "alone")
         assert same(recording.read_record(job, None), alone)
     assert not list(tmp_path.glob("runs/*"))
+
+
+# --- One run in several experiments ------------------------------------------------------------
+
+ONE, DECAY = "liu2021.two_step", "liu2021.weight_decay"  # without decay, the latter is one step
+
+
+def one_step(name=ONE, variant="one-step", epochs=1, **settings):
+    return Job(name, variant, 0, "small", epochs, **settings)
+
+
+def test_the_same_runs_of_other_experiments():
+    assert set(experiments.same_runs("bulat2021.experts", "four", "full")) == {
+        ("bulat2021.gate", "softmax"), ("bulat2021.start", "replicated")}  # fmt: skip
+    assert experiments.same_runs("bulat2021.experts", "two", "full") == ()
+    named = {name for name, _ in experiments.same_runs("quist2023.order", "second-none", "full")}
+    assert named == {"quist2023.alpha_sweep"}  # and not "spectra", which records more
+    assert experiments.same_runs("helwegen2019.figure1", "middle", "full") == ()
+
+
+@pytest.mark.parametrize("paper", experiments.MODULES, ids=lambda paper: paper.__name__)
+def test_runs_of_one_recipe_are_one_run_whatever_the_experiment(paper, monkeypatch):
+    """What lets a record stand for several: only its name tells of which experiment it is."""
+    names = getattr(paper, "BY_RECIPE", ())
+    if not names:
+        pytest.skip("each of this paper's experiments measures something of its own")
+    first = paper.VARIANTS[names[0]][0]
+    recipe = paper.find_recipe(names[0], first, "small", 3 if names[0] == "experts" else 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(paper, "find_recipe", lambda *_: recipe)
+        done = [getattr(paper, name)(paper.VARIANTS[name][-1], epochs=recipe.epochs, device="cpu")
+                for name in names]  # fmt: skip
+    assert len({r.experiment for r in done}) == len(names)
+    for other in done[1:]:
+        assert same(done[0], other)
+        assert (done[0].recipe, done[0].arrays) == (other.recipe, other.arrays)
+
+
+def test_a_run_of_two_experiments_is_made_once(tmp_path):
+    jobs, said = [one_step(), one_step(DECAY, "0x")], []
+    outcome = recording.work_through(jobs, seconds=300, at_once=2, say=said.append)
+    assert (outcome.done, outcome.failed) == (jobs, {})
+    copied = records.record_path(DECAY, "0x", 0, "small")
+    assert (len(said), said[0]) == (3, f"{jobs[0]} starts")
+    assert said[2] == f"{jobs[1]}: the run of {ONE} one-step, its record copied -> {copied}"
+    made, copy = (recording.read_record(job, None) for job in jobs)
+    assert (copy.experiment, copy.variant) == (DECAY, "0x")
+    assert vars(copy) | {"experiment": ONE, "variant": "one-step"} == vars(made)
+    recording.run(jobs[1], results=tmp_path / "alone", runs=tmp_path / "alone")
+    assert same(copy, recording.read_record(jobs[1], tmp_path / "alone"))
+
+
+def shared(job, folder=None):
+    there = recording.state(job, [folder], Path("runs"), "cpu")
+    assert (there.kind == "shared") == (recording.same_run(job, [folder], "cpu") is not None)
+    assert not (there.kind == "shared" and there.is_done)  # its record is still to be copied
+    return there.kind == "shared"
+
+
+def test_which_record_of_another_experiment_is_the_run_asked_for(tmp_path, monkeypatch):
+    def there(**changes):
+        changes = {"experiment": ONE, "variant": "one-step"} | changes
+        records.save(record(epochs=2) if not changes else record(**{"epochs": 2} | changes),
+                     tmp_path / "r", overwrite=True)  # fmt: skip
+
+    def is_shared(epochs, **changes):
+        return shared(one_step(DECAY, "0x", epochs, **changes), tmp_path / "r")
+
+    there()
+    assert is_shared(2)
+    words = recording.state(one_step(DECAY, "0x", 2), [tmp_path / "r"], Path("runs"), "cpu").words
+    assert words == f"that of {ONE} one-step"
+    assert not is_shared(1)  # a longer run is another one: the learning rates differ
+    assert not is_shared(3)
+    assert not is_shared(None)
+    monkeypatch.setenv("BNNBOOK_PRECISION", "bfloat16")
+    assert not is_shared(2)
+    monkeypatch.delenv("BNNBOOK_PRECISION")
+    there(shortened=None, recipe={"epochs": 4})
+    assert is_shared(None)
+    assert not shared(one_step(DECAY, "1x", 2), tmp_path / "r")
+    assert not shared(replace(one_step(DECAY, "0x", 2), seed=1), tmp_path / "r")
+
+
+def test_records_of_another_folder_are_copied_too(tmp_path):
+    """As with --out: the other experiment's record is among those that are there already."""
+    records.save(record(experiment=ONE, variant="one-step", epochs=1), tmp_path / "package")
+    out = tmp_path / "out"
+    outcome = recording.work_through([one_step(DECAY, "0x")], seconds=300, results=out,
+                                     others=[tmp_path / "package"], say=str)  # fmt: skip
+    assert outcome.done == [one_step(DECAY, "0x")]
+    assert [r.experiment for r in records.read_all(root=out)] == [DECAY]
+
+
+def test_a_shortened_record_gives_way_to_a_shared_one_of_the_whole_run(tmp_path):
+    job = one_step(DECAY, "0x", None)
+    records.save(record(experiment=DECAY, variant="0x", epochs=1))
+    records.save(record(experiment=ONE, variant="one-step", shortened=None))
+    assert recording.work_through([job], seconds=300, say=str).done == [job]
+    assert recording.read_record(job, None).shortened is None
+
+
+# --- What fails --------------------------------------------------------------------------------
 
 
 def test_a_run_that_fails_does_not_stop_the_others():

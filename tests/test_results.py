@@ -34,6 +34,25 @@ def test_no_two_runs_have_the_same_history():
     assert len({(r.experiment, r.variant, losses_of(r)) for r in SHIPPED}) == len(SHIPPED)
 
 
+def test_a_run_that_was_repeated_gave_the_same_numbers():
+    """The same run of two experiments, by commits that may differ, on one kind of processor."""
+    runs = {(r.experiment, r.variant, r.seed, r.shortened, r.made_on): r for r in SHIPPED}
+    pairs = [
+        (run, runs[name, variant, *others])
+        for (*of_run, seed, shortened, made_on), run in runs.items()
+        for name, variant in experiments.same_runs(*of_run, "full")
+        if (name, variant, *(others := (seed, shortened, made_on))) in runs
+    ]
+    repeated = [pair for pair in pairs if pair[0].started != pair[1].started]  # not copied
+    assert len(repeated) >= 2 * 15
+    assert all(numbers_of(one) == numbers_of(other) for one, other in repeated)
+
+
+def numbers_of(record):
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in record.history]
+    return rows, record.metrics, record.arrays
+
+
 def losses_of(record) -> tuple[float, ...]:
     """The training losses, which tell two runs apart."""
     return tuple(row["train_loss"] for row in record.history)

@@ -3,6 +3,7 @@
 Each function runs one variant with one seed at one scale and returns a `records.Record`.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -114,6 +115,30 @@ def recipe(name: str, variant: str, scale: str, epochs: int | None = None):
     """Return the recipe of one run of an experiment, shortened to ``epochs`` if they are given."""
     paper, short = _split(name)
     return paper.find_recipe(short, variant, scale, epochs)
+
+
+@functools.cache
+def same_runs(name: str, variant: str, scale: str) -> tuple[tuple[str, str], ...]:
+    """Return the other experiments and their variants that are, at this scale, the same run.
+
+    Those have the same recipe, in experiments of one paper whose runs depend on nothing else (each
+    module's ``BY_RECIPE``).
+
+    >>> same_runs("bulat2021.width", "narrow", "full")
+    (('bulat2021.experts', 'one'),)
+    """
+    paper, short = _split(name)
+    shared = getattr(paper, "BY_RECIPE", ())
+    if short not in shared:
+        return ()
+    sought = paper.find_recipe(short, variant, scale, None)
+    return tuple(
+        (f"{_short(paper)}.{other}", each)
+        for other in shared
+        for each in paper.VARIANTS[other]
+        if (other, each) != (short, variant) and scale in paper.RECIPES[other]
+        and paper.find_recipe(other, each, scale, None) == sought
+    )  # fmt: skip
 
 
 def _split(name: str) -> tuple[ModuleType, str]:

@@ -206,6 +206,8 @@ RECIPES |= {
     for name, scales in ELSEWHERE.items()
 }  # fmt: skip
 VARIANTS = {name: tuple(changes) for name, changes in CHANGES.items()}
+# Equal recipes are the same run, whatever the experiment; but these two do more than train once.
+BY_RECIPE = tuple(name for name in CHANGES if name not in ("memory", "race"))
 TRIALS = {"small": 3, "full": 6}  # of `race`, for each rule and seed
 HELD_OUT = {"small": 300, "full": 10_000}  # training images by which it chooses
 

@@ -91,6 +91,7 @@ RECIPES = {name: {"small": SMALL, "full": FULL} for name in CHANGES} | {
     "experts_cifar100": {"small": SMALL, "full": replace(FULL, dataset="cifar100")}
 }
 VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
+BY_RECIPE = tuple(CHANGES)  # equal recipes are the same run, whatever the experiment
 
 # What the paper prints, ImageNet, ResNet-18-like: top-1 and top-5 in %.
 PAPER = {

@@ -98,6 +98,7 @@ RECIPES = {
         "full": replace(FULL, first_weight_decay=5e-6),  # paper: 5e-6, then 0
     },
 } | EQUAL
+BY_RECIPE = tuple(VARIANTS)  # equal recipes are the same run, whatever the experiment
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None) -> Recipe:

@@ -176,6 +176,8 @@ BASE: dict[str, dict] = {
 }  # fmt: skip
 RECIPES = {name: BASE.get(name, {"small": SMALL, "full": FULL}) for name in CHANGES}
 VARIANTS = {name: tuple(changes(SMALL)) for name, changes in CHANGES.items()}
+# Equal recipes are the same run, whatever the experiment; but "spectra" records gradients as well.
+BY_RECIPE = tuple(name for name in CHANGES if name != "spectra")
 
 
 def find_recipe(experiment: str, variant: str, scale: str, epochs: int | None,
