@@ -190,15 +190,14 @@ def same_run(job: Job, folders: Iterable, device: str = "auto") -> Record | None
     """Return the record of the very same run that another experiment has in ``folders``, or None.
 
     It counts if it is of the whole recipe or exactly as long as the job asks for, in the precision
-    in which the job would compute.
+    in which the job would compute. Of several, it is the one that was begun last: the library's
+    later versions may round differently.
     """
-    for name, variant in experiments.same_runs(job.experiment, job.variant, job.scale):
-        other = replace(job, experiment=name, variant=variant)
-        for folder in folders:
-            record = read_record(other, folder)
-            if record is not None and _serves(record, job, device):
-                return record
-    return None
+    same = experiments.same_runs(job.experiment, job.variant, job.scale)
+    others = [replace(job, experiment=name, variant=variant) for name, variant in same]
+    found = [read_record(other, folder) for other in others for folder in folders]
+    serving = [r for r in found if r is not None and _serves(r, job, device)]
+    return max(serving, key=lambda record: record.started or "", default=None)
 
 
 def _serves(record: Record, job: Job, device: str) -> bool:

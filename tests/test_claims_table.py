@@ -64,6 +64,28 @@ def test_both_tables_are_written_between_their_markers(book):
         assert text.endswith(f"{end}\n\n<!-- claims:end -->\n\nafter\n")
 
 
+def test_what_the_reproduced_claims_rest_on_is_counted(book):
+    record = {"scale": "full", "hardware": "GPU"}
+    short = {"measured": {"text": "0.9 points gained, 9 of 135 epochs (n = 1)", "values": [0.9]}}
+    lost = claims.NOT_REPRODUCED
+    write(book, "a", [claim("a.one") | record, claim("a.two") | record | short])
+    write(book, "b", [claim("b.one") | {"hardware": "a count"}, claim("b.two"), claim("b.three"),
+                      claim("b.four", lost), claim("b.five", lost) | record | short])  # fmt: skip
+    assert run(book) == 0
+    line = ("What the 5 reproduced rest on: records in 2 cases (1 of them of shortened runs), "
+            "small runs in 2, counts, formulas or simulations without training in 1.\n"
+            )  # fmt: skip
+    for page in ("README.md", "book/what-holds.md", "book/intro.md"):
+        text = (book / page).read_text(encoding="utf-8")
+        assert text.count(line) == text.count(" rest on") == 1
+
+
+def test_what_was_not_run_names_no_machine():
+    """In the book itself: words instead of hardware are among those that the table knows."""
+    words = {c["hardware"] for chapter in claims_table.collect() for c in chapter.claims}
+    assert {each for each in words if each and each[0].islower()} == set(claims_table.NO_RUN)
+
+
 def test_the_books_own_claims_are_counted(book):
     own = {"paper": "not in the paper; a prediction of ours"}
     write(book, "a", [claim("a.one") | own, claim("a.two") | {"paper": None}])
@@ -75,7 +97,7 @@ def test_the_books_own_claims_are_counted(book):
         book / "book" / "what-holds.md"
     ).read_text(encoding="utf-8")
     front = (book / "book" / "intro.md").read_text(encoding="utf-8")
-    assert ":::\n\n1 of these is ours and no paper's.\n\n<!-- claims:end -->" in front
+    assert ":::\n\n1 of these is ours and no paper's.\n\nWhat the 3 reproduced rest on" in front
 
 
 def test_the_books_own_claims_that_failed_are_counted(book):

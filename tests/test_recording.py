@@ -355,6 +355,16 @@ def test_which_record_of_another_experiment_is_the_run_asked_for(tmp_path, monke
     assert not shared(replace(one_step(DECAY, "0x", 2), seed=1), tmp_path / "r")
 
 
+def test_of_several_records_of_the_run_the_latest_is_copied():
+    started = "2026-11-2{}T09:20+00:00"
+    for day, name, variant in ((1, "experts", "two"), (3, "start", "replicated"),
+                               (2, "experts_cifar100", "two")):  # fmt: skip
+        records.save(record(experiment=f"bulat2021.{name}", variant=variant,
+                            started=started.format(day)))  # fmt: skip
+    job = one_step("bulat2021.gate", "softmax", 2)
+    assert recording.same_run(job, [None], "cpu").experiment == "bulat2021.start"
+
+
 def test_records_of_another_folder_are_copied_too(tmp_path):
     """As with --out: the other experiment's record is among those that are there already."""
     records.save(record(experiment=ONE, variant="one-step", epochs=1), tmp_path / "package")

@@ -6,6 +6,7 @@ each page two markers enclose the table.
 """
 
 import argparse
+import re
 import sys
 import tomllib
 from collections import Counter
@@ -22,6 +23,10 @@ from tools.chapters import ROOT, BookError, write_atomically
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 OURS = "not in the paper"  # so begins the paper's column of a claim that is the book's own
 WHERE = "Scale, hardware"  # the heading of what `_where` returns
+# What stands in the place of the hardware where nothing was trained.
+NO_RUN = ("exact", "a count", "arithmetic", "closed form", "a formula", "a simulation",
+          "the authors' logs, not our run")  # fmt: skip
+SHORTENED = re.compile(r"\b\d+ of \d+ epochs\b")  # in a number from `claims.check_recorded`
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,28 @@ def _ours(chapters: list[ChapterClaims]) -> str:
     return f"{of_these} and no paper's{f', {failed} of them not reproduced' * bool(failed)}."
 
 
+def total(chapters: list[ChapterClaims]) -> str:
+    """The `tally` of the whole book, and what it rests on."""
+    return f"{tally(chapters)}\n\n{evidence(chapters)}".rstrip()
+
+
+def evidence(chapters: list[ChapterClaims]) -> str:
+    """What the reproduced claims rest on, as a sentence; "" if there are none."""
+    claimed = [claim for chapter in chapters for claim in chapter.claims]
+    held = [claim for claim in claimed if claim["verdict"] == claims.REPRODUCED]
+    full = [claim for claim in held if claim["scale"] == "full"]
+    shortened = sum(bool(SHORTENED.search(claim["measured"]["text"])) for claim in full)
+    computed = sum(claim["hardware"] in NO_RUN for claim in held)
+    short = f" ({shortened} of them of shortened runs)" * (shortened > 0)
+    parts = [
+        (len(full), f"records in {len(full)} cases{short}"),
+        (small := len(held) - len(full) - computed, f"small runs in {small}"),
+        (computed, f"counts, formulas or simulations without training in {computed}"),
+    ]
+    listed = ", ".join(words for number, words in parts if number)
+    return f"What the {len(held)} reproduced rest on: {listed}." if held else ""
+
+
 def scorecard(chapters: list[ChapterClaims]) -> str:
     """How many claims of each verdict a chapter has, and all of them together."""
     rows = [
@@ -112,7 +139,7 @@ def scorecard(chapters: list[ChapterClaims]) -> str:
     header = ["Chapter", *badges]
     table = _table(header, [*rows, ["**All**", *_counts(chapters)]])
     counts = f":::{{div}} bnnbook-counts\n\n{table}\n\n:::"
-    return f"{counts}\n\n{_ours(chapters)}".rstrip()
+    return "\n\n".join(filter(None, (counts, _ours(chapters), evidence(chapters))))
 
 
 def _counts(chapters: list[ChapterClaims]) -> list[int]:
@@ -146,7 +173,7 @@ def chapter_tables(chapters: list[ChapterClaims]) -> str:
     header = ["Claim", "Verdict", "Paper", "Ours", WHERE]
     claimed = [chapter for chapter in chapters if chapter.claims]
     to_each = (f"[{each.title}](#claims-{each.path.stem})" for each in claimed)
-    parts = [tally(chapters), " · ".join(to_each)]
+    parts = [total(chapters), " · ".join(to_each)]
     for chapter in claimed:
         parts += [
             f"(claims-{chapter.path.stem})=",
@@ -207,7 +234,7 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
     chosen = settings.get("tool", {}).get("bnnbook", {}).get("headlines")
     shown = chapters if chosen is None else headlines(chapters, chosen)
     texts = {
-        root / "README.md": f"{tally(chapters)}\n\n{short_table(shown, site)}",
+        root / "README.md": f"{total(chapters)}\n\n{short_table(shown, site)}",
         root / "book" / "what-holds.md": chapter_tables(chapters),
         root / "book" / "intro.md": scorecard(chapters),
     }
