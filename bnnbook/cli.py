@@ -93,6 +93,7 @@ def run(
     """Run an experiment and record it; after Ctrl-C, the same command continues the run.
 
     A run that has a record is skipped, unless the record has fewer epochs: then it is replaced.
+    Of a run that another experiment has recorded, the record is copied.
     Small-scale records go to the folder of --runs, unless --results or BNNBOOK_RESULTS names one.
     """
     from bnnbook import experiments, recording
@@ -149,7 +150,8 @@ def record(
     """Run what has no record yet, or only a shortened one: the most valuable first, in --minutes.
 
     Unfinished runs keep a checkpoint in the folder of --runs, and the same command continues them
-    to the same numbers. A run that fails does not stop the others.
+    to the same numbers. A run that several experiments share is made once, and its record copied.
+    A run that fails does not stop the others.
     """
     from bnnbook import recording, records
 
@@ -173,7 +175,7 @@ def record(
     missing = [j for j in wanted if not recording.state(j, folders, runs, device).is_done]
     outcome = recording.work_through(
         missing, seconds=60 * minutes, at_once=jobs, device=device, results=out or results,
-        runs=runs, others=folders, measured=_measured(device, folders),
+        runs=runs, folders=folders, measured=_measured(device, folders),
         checkpoint_minutes=checkpoint_minutes, say=typer.echo,
     )  # fmt: skip
     _report(outcome)
@@ -248,11 +250,11 @@ def _is_recorded(job, device: str, results, runs: Path) -> bool:
     from bnnbook import recording, records
 
     how_far = recording.state(job, [results], runs, device)
+    there = recording.read_record(job, results)
     if how_far.kind == "shared":
         record = recording.same_run(job, [results], device)
         typer.echo(recording.copy_record(job, record, results))
         return True
-    there = recording.read_record(job, results)
     if there is None:
         return False
     path = records.record_path(job.experiment, job.variant, job.seed, job.scale, results)

@@ -66,9 +66,14 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """The stem of the names of this run's files in the folder of unfinished runs."""
+        """The stem of the names of this run's files in the folder of unfinished runs.
+
+        One run of several experiments has one name.
+        """
+        same = experiments.same_runs(self.experiment, self.variant, self.scale)
+        experiment, variant = min([(self.experiment, self.variant), *same])
         length = "" if self.epochs is None else f"-{self.epochs}epochs"
-        return f"{self.experiment}-{self.variant}-{self.scale}{length}-seed{self.seed}"
+        return f"{experiment}-{variant}-{self.scale}{length}-seed{self.seed}"
 
     def checkpoint(self, runs: Path, device: str = "auto") -> Path:
         """Return the file or folder in which the unfinished run is kept.
@@ -151,7 +156,7 @@ class State:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing left to run."""
+        """Whether the job has its record."""
         return self.kind == "recorded"
 
 
@@ -159,16 +164,15 @@ def state(job: Job, folders: Iterable, runs: Path, device: str = "auto") -> Stat
     """Return how far a run is, by the records in ``folders`` and its checkpoint in ``runs``.
 
     A shortened record is as good as recorded if it has at least the epochs that the job asks for.
-    A run that only another experiment has recorded (`same_run`) is "shared": nothing is left to
-    run, but its record is still to be copied. A checkpoint from another kind of device, or in
-    another precision, does not count.
+    A run that only another experiment has recorded (`same_run`) is "shared": the record is still
+    to be copied. A checkpoint from another kind of device or in another precision does not count.
     """
     found = [r for folder in folders if (r := read_record(job, folder)) is not None]
     lengths = [length_of(r) for r in found if r.shortened is not None]
     if len(lengths) < len(found) or (job.epochs and max(lengths, default=0) >= job.planned):
         return State("recorded", "recorded")
     if other := same_run(job, folders, device):
-        return State("shared", f"that of {other.experiment} {other.variant}")
+        return State("shared", f"same run as {other.experiment} {other.variant}")
     checkpoint = job.checkpoint(runs, device)
     if checkpoint.is_dir():  # only the experiment knows how many trainings it will have
         epochs, _ = epochs_and_seconds(checkpoint)
@@ -189,9 +193,9 @@ def read_record(job: Job, folder) -> Record | None:
 def same_run(job: Job, folders: Iterable, device: str = "auto") -> Record | None:
     """Return the record of the very same run that another experiment has in ``folders``, or None.
 
-    It counts if it is of the whole recipe or exactly as long as the job asks for, in the precision
-    in which the job would compute. Of several, it is the one that was begun last: the library's
-    later versions may round differently.
+    It counts if it is as long as the job asks for and in the precision in which the job would
+    compute; at full scale it must name its commit. Of several, it is the one that was begun last:
+    later versions of the library may round differently.
     """
     same = experiments.same_runs(job.experiment, job.variant, job.scale)
     others = [replace(job, experiment=name, variant=variant) for name, variant in same]
@@ -201,8 +205,11 @@ def same_run(job: Job, folders: Iterable, device: str = "auto") -> Record | None
 
 
 def _serves(record: Record, job: Job, device: str) -> bool:
-    is_as_long = record.shortened is None or (job.epochs and length_of(record) == job.planned)
-    return is_as_long and record.precision == training.precision(training.choose_device(device))
+    is_as_long = length_of(record) == job.planned if job.epochs else record.shortened is None
+    made_by = record.environment.get("commit"), record.environment.get("dirty")
+    is_importable = job.scale != "full" or _is_repeatable(*made_by)
+    precision = training.precision(training.choose_device(device))
+    return is_as_long and is_importable and record.precision == precision
 
 
 def copy_record(job: Job, record: Record, results: Path | None = None) -> str:
@@ -338,7 +345,7 @@ class Outcome:
 
 
 def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, device: str = "auto",
-                 results: Path | None = None, runs: Path = Path("runs"), others: Sequence = (),
+                 results: Path | None = None, runs: Path = Path("runs"), folders: Sequence = (),
                  measured: dict | None = None, checkpoint_minutes: float | None = None,
                  say=print) -> Outcome:  # fmt: skip
     """Run the jobs in order, ``at_once`` in parallel, and stop before ``seconds`` are over.
@@ -348,9 +355,9 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
     one goes as far as it gets. Runs that are unfinished `GRACE` seconds before the end (or a tenth
     of the time, if that is less) write their checkpoints, and so they do on Ctrl-C and SIGTERM. A
     run that another call is working on is left to that call. A run that several experiments share
-    is made once: the others copy its record (`same_run`), also from the folders in ``others``.
-    A run whose steps cannot be recorded
-    as a CUDA graph starts anew without graphs, which are then not tried again in its experiment.
+    is made once: the others copy its record (`same_run`), also from one of the ``folders``. A run
+    whose steps cannot be recorded as a CUDA graph starts anew without graphs, which are then
+    not tried again in its experiment.
     If a data set cannot be loaded, all waiting runs on it count as failed.
     ``say`` is called with a line when a run starts and another when it ends.
 
@@ -366,7 +373,7 @@ def work_through(jobs: Sequence[Job], *, seconds: float, at_once: int = 1, devic
     check_folders(runs, records.results_folder(results))
     if any(job.scale == "full" for job in jobs):
         _warn_without_commit(say)
-    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say, measured, others)
+    crew = _Crew(device, results, runs, at_once, checkpoint_minutes, say, measured, folders)
     crew.outcome.waiting = list(jobs)
     end = time.monotonic() + seconds
     last = end - min(GRACE, seconds / 10)
@@ -415,9 +422,9 @@ class _Crew:
     """The processes at work."""
 
     def __init__(self, device, results, runs, at_once, checkpoint_minutes, say, measured=None,
-                 others=()):  # fmt: skip
+                 folders=()):  # fmt: skip
         self.device, self.results, self.runs = device, results, runs
-        self.folders = [results, *others]
+        self.folders = [results, *folders]
         self.at_once, self.say, self.measured = at_once, say, dict(measured or {})
         self.running: dict = {}  # pipe of a process -> (job, process)
         self.lacking: dict[str, str] = {}  # data set that cannot be loaded -> reason
@@ -425,7 +432,7 @@ class _Crew:
         self.outcome = Outcome()
         # torch counts the cores that this process may use, which can be fewer than there are
         threads = max(1, torch.get_num_threads() // at_once) if at_once > 1 else None
-        self.settings = device, results, runs, threads, checkpoint_minutes
+        self.settings = device, results, runs, threads, checkpoint_minutes, self.folders
         # a single run shows its own bar, and a terminal has room for only one
         show = at_once > 1 and sys.stderr.isatty()
         self.bar = tqdm(unit="run", disable=not show, leave=False)
@@ -438,24 +445,18 @@ class _Crew:
                 return
             job = next((j for j in free if self.remaining(j) <= left), free[0])
             self.outcome.waiting.remove(job)
-            if record := same_run(job, self.folders, self.device):
-                self.note(job, "done", copy_record(job, record, self.results))
-                continue
             self.tell(f"{job} starts")
             self.start(job)
 
     def is_free(self, job: Job) -> bool:
         """Whether no running process is making the very same run for another experiment."""
-        same = experiments.same_runs(job.experiment, job.variant, job.scale)
-        return not any(
-            (each.experiment, each.variant) in same and each.seed == job.seed
-            for each, _ in self.running.values()
-        )
+        return job.file_name not in {each.file_name for each, _ in self.running.values()}
 
     def remaining(self, job: Job) -> float:
         """Return the seconds that a job will still take; 0 if they cannot be estimated."""
-        if same_run(job, self.folders, self.device):
-            return 0.0
+        with contextlib.suppress(records.RecordError, OSError):  # then it is not to be copied
+            if same_run(job, self.folders, self.device):
+                return 0.0
         checkpoint = job.checkpoint(self.runs, self.device)
         if checkpoint.is_dir():  # its epochs are those of several trainings
             _, seconds = epochs_and_seconds(checkpoint)
@@ -552,7 +553,8 @@ class _Crew:
         self.running.clear()
 
 
-def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, graph=True) -> None:
+def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, folders=(),
+          graph=True) -> None:  # fmt: skip
     """Do a job in this process, and report how it ended."""
     if not graph:
         os.environ["BNNBOOK_GRAPHS"] = "0"
@@ -563,7 +565,7 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, graph=T
         if checkpoint_minutes is not None:
             training.CHECKPOINT_MINUTES = checkpoint_minutes
         alone = threads is None and sys.stderr.isatty()
-        report = _run_unless_another_does(job, device, results, runs, alone)
+        report = _run_unless_another_does(job, device, results, runs, folders, alone)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late to stop: the record is there
     except KeyboardInterrupt:
         there = job.checkpoint(runs, device).exists()
@@ -579,14 +581,17 @@ def _work(job, pipe, device, results, runs, threads, checkpoint_minutes, graph=T
         pipe.send(report)
 
 
-def _run_unless_another_does(job, device, results, runs: Path, progress: bool) -> tuple[str, str]:
-    """Run a job, unless another process is working on it or has; return how that ended."""
+def _run_unless_another_does(job, device, results, runs: Path, folders: Sequence,
+                             progress: bool) -> tuple[str, str]:  # fmt: skip
+    """Run a job, unless another process or experiment does or has; return how that ended."""
     runs.mkdir(parents=True, exist_ok=True)
     with lock(job, runs) as is_ours:
         if not is_ours:
             return "stopped", f"{job}: left to another process, which is at work on it"
         if state(job, [results], runs, device).is_done:
             return "done", f"{job}: recorded by another process"
+        if record := same_run(job, folders, device):
+            return "done", copy_record(job, record, results)
         _remove_parts(job, results, runs, device)
         done, path = run(job, device=device, results=results, runs=runs, progress=progress)
         return "done", in_words(job, done, path)

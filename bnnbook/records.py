@@ -471,6 +471,17 @@ def _read_each(paths: Iterable[Path], on_error: Callable | None) -> Iterator[Rec
             on_error(error)
 
 
+def distinct(runs: Iterable[Record]) -> list[Record]:
+    """Return the runs, each once: some are a record of several experiments.
+
+    Copies differ in the names of the experiment and the variant only.
+    """
+    found: dict[str, Record] = {}
+    for r in runs:
+        found.setdefault(_compact([r.seed, r.recipe, r.started, r.seconds, r.metrics]), r)
+    return list(found.values())
+
+
 def load(experiment: str | None = None, root: str | os.PathLike | None = None):
     """Return the records as a pandas DataFrame, one row per run.
 

@@ -513,6 +513,7 @@ def test_record_elsewhere_counts_what_is_there_too(toy, worked, tmp_path):
     invoke("record", "--seed", 0, "--seed", 1, "--out", tmp_path / "out", "--jobs", 3)
     assert worked[0]["jobs"] == [("a", 1), ("b", 1)]
     assert (worked[0]["results"], worked[0]["at_once"]) == (tmp_path / "out", 3)
+    assert worked[0]["folders"] == [None, tmp_path / "out"]  # where a shared run's record may lie
 
 
 def test_a_small_record_leaves_the_shipped_records_alone(toy, worked, monkeypatch):

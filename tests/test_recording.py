@@ -288,6 +288,8 @@ def test_the_same_runs_of_other_experiments():
     assert experiments.same_runs("bulat2021.experts", "two", "full") == ()
     named = {name for name, _ in experiments.same_runs("quist2023.order", "second-none", "full")}
     assert named == {"quist2023.alpha_sweep"}  # and not "spectra", which records more
+    assert experiments.same_runs("beyond.rates", "free-0.1", "small") == (
+        ("beyond.alphas_middle", "0.1"),)  # fmt: skip
     assert experiments.same_runs("helwegen2019.figure1", "middle", "full") == ()
 
 
@@ -298,7 +300,7 @@ def test_runs_of_one_recipe_are_one_run_whatever_the_experiment(paper, monkeypat
     if not names:
         pytest.skip("each of this paper's experiments measures something of its own")
     first = paper.VARIANTS[names[0]][0]
-    recipe = paper.find_recipe(names[0], first, "small", 3 if names[0] == "experts" else 1)
+    recipe = paper.find_recipe(names[0], first, "small", 3)  # as many as bulat2021 has stages
     with monkeypatch.context() as patch:
         patch.setattr(paper, "find_recipe", lambda *_: recipe)
         done = [getattr(paper, name)(paper.VARIANTS[name][-1], epochs=recipe.epochs, device="cpu")
@@ -314,8 +316,10 @@ def test_a_run_of_two_experiments_is_made_once(tmp_path):
     outcome = recording.work_through(jobs, seconds=300, at_once=2, say=said.append)
     assert (outcome.done, outcome.failed) == (jobs, {})
     copied = records.record_path(DECAY, "0x", 0, "small")
-    assert (len(said), said[0]) == (3, f"{jobs[0]} starts")
-    assert said[2] == f"{jobs[1]}: the run of {ONE} one-step, its record copied -> {copied}"
+    assert [said[0], *said[2:]] == [
+        f"{jobs[0]} starts", f"{jobs[1]} starts",  # after the first has ended
+        f"{jobs[1]}: the run of {ONE} one-step, its record copied -> {copied}",
+    ]  # fmt: skip
     made, copy = (recording.read_record(job, None) for job in jobs)
     assert (copy.experiment, copy.variant) == (DECAY, "0x")
     assert vars(copy) | {"experiment": ONE, "variant": "one-step"} == vars(made)
@@ -342,17 +346,69 @@ def test_which_record_of_another_experiment_is_the_run_asked_for(tmp_path, monke
     there()
     assert is_shared(2)
     words = recording.state(one_step(DECAY, "0x", 2), [tmp_path / "r"], Path("runs"), "cpu").words
-    assert words == f"that of {ONE} one-step"
+    assert words == f"same run as {ONE} one-step"
     assert not is_shared(1)  # a longer run is another one: the learning rates differ
     assert not is_shared(3)
     assert not is_shared(None)
     monkeypatch.setenv("BNNBOOK_PRECISION", "bfloat16")
     assert not is_shared(2)
     monkeypatch.delenv("BNNBOOK_PRECISION")
-    there(shortened=None, recipe={"epochs": 4})
+    there(shortened=None, recipe={"epochs": 6})
     assert is_shared(None)
+    assert is_shared(6)
+    assert not is_shared(2)  # or the shortened runs of a comparison had no partner
     assert not shared(one_step(DECAY, "1x", 2), tmp_path / "r")
     assert not shared(replace(one_step(DECAY, "0x", 2), seed=1), tmp_path / "r")
+
+
+def test_a_run_of_two_experiments_has_one_lock_and_one_checkpoint(tmp_path):
+    """Whichever of them begins it: another call waits, or goes on from there."""
+    here, there = one_step(), one_step(DECAY, "0x")
+    assert here.checkpoint(tmp_path) == there.checkpoint(tmp_path)
+    with recording.lock(here, tmp_path) as ours, recording.lock(there, tmp_path) as theirs:
+        assert (ours, theirs) == (True, False)
+    assert here.file_name != one_step(DECAY, "1x").file_name
+    crew = recording._Crew("cpu", None, Path("runs"), 2, None, str)
+    crew.running = {1: (here, None)}
+    assert not crew.is_free(there)
+    assert crew.is_free(replace(there, seed=1))
+    assert crew.is_free(one_step(DECAY, "1x"))
+    assert recording.state(there, [None], Path("runs"), "cpu").kind == "missing"
+    Path("runs").mkdir()
+    here.checkpoint(Path("runs")).mkdir()
+    assert recording.state(there, [None], Path("runs"), "cpu").kind == "partial"
+
+
+def test_a_run_that_needs_only_a_copy_takes_no_time(tmp_path):
+    job = one_step(DECAY, "0x")
+    crew = recording._Crew("cpu", None, Path("runs"), 1, None, str)
+    crew.measured = {(DECAY, "small"): 100.0}
+    assert crew.remaining(job) == 100.0
+    records.save(record(experiment=ONE, variant="one-step", epochs=1))
+    assert crew.remaining(job) == 0.0
+    checkpoint = job.checkpoint(Path("runs"))
+    checkpoint.mkdir(parents=True)
+    assert recording.state(job, [None], Path("runs"), "cpu").kind == "shared"
+
+
+def test_a_record_that_could_not_be_imported_is_not_copied(tmp_path):
+    """At full scale: of it, the import would refuse all that came with it."""
+    full = Job("bulat2021.gate", "softmax", 0, "full", 9)
+    of_changed = {"device": "Abacus 9000", "commit": "abc", "dirty": True}
+    four = {"experiment": "bulat2021.experts", "variant": "four", "scale": "full", "epochs": 9}
+    records.save(record(**four, environment=of_changed))
+    assert recording.same_run(full, [None], "cpu") is None
+    records.save(record(**four), overwrite=True)
+    assert recording.same_run(full, [None], "cpu").variant == "four"
+
+
+def test_a_run_whose_record_to_copy_is_damaged_is_made():
+    path = records.save(record(experiment=ONE, variant="one-step", epochs=1))
+    path.write_text("{")
+    jobs = [one_step(DECAY, "0x"), small()]
+    outcome = recording.work_through(jobs, seconds=300, say=str)
+    assert (outcome.done, outcome.failed) == (jobs, {})
+    assert not path.exists()  # it was moved aside
 
 
 def test_of_several_records_of_the_run_the_latest_is_copied():
@@ -370,7 +426,7 @@ def test_records_of_another_folder_are_copied_too(tmp_path):
     records.save(record(experiment=ONE, variant="one-step", epochs=1), tmp_path / "package")
     out = tmp_path / "out"
     outcome = recording.work_through([one_step(DECAY, "0x")], seconds=300, results=out,
-                                     others=[tmp_path / "package"], say=str)  # fmt: skip
+                                     folders=[tmp_path / "package"], say=str)  # fmt: skip
     assert outcome.done == [one_step(DECAY, "0x")]
     assert [r.experiment for r in records.read_all(root=out)] == [DECAY]
 

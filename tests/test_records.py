@@ -75,6 +75,14 @@ def test_round_trip(tmp_path):
     assert records.save(back, tmp_path, overwrite=True).read_bytes() == before
 
 
+def test_a_run_of_several_experiments_is_counted_once():
+    """And runs side by side, as long and begun in the same minute, each."""
+    run, other = make(), make(variant="adam", metrics={"test_accuracy": 0.9})
+    copy = make(experiment="toy.figure2", variant="first")
+    assert records.distinct(iter([run, other, copy, make(seed=4)])) == [run, other, make(seed=4)]
+    assert records.distinct([]) == []
+
+
 def test_small_scale_has_its_own_folder(tmp_path):
     full = records.save(make(), tmp_path)
     small = records.save(make(scale="small"), tmp_path)

@@ -26,7 +26,7 @@ def test_there_are_records():
 
 
 def test_no_two_runs_have_the_same_history():
-    """A copied record would look like a second seed; one run in two experiments is repeated."""
+    """A copied record would look like a second seed; but several experiments may share a run."""
     runs = {}
     for r in SHIPPED:
         runs.setdefault(losses_of(r), set()).add((r.seed, json.dumps(r.recipe, sort_keys=True)))
@@ -35,8 +35,14 @@ def test_no_two_runs_have_the_same_history():
 
 
 def test_a_run_that_was_repeated_gave_the_same_numbers():
-    """The same run of two experiments, by commits that may differ, on one kind of processor."""
-    runs = {(r.experiment, r.variant, r.seed, r.shortened, r.made_on): r for r in SHIPPED}
+    """The same run of two experiments, by commits that may differ, on one kind of processor.
+
+    The first run of four experts was made before the average of a map had a gradient in the map's
+    own memory format (db5ba79), with which convolutions round differently.
+    """
+    rounded_otherwise = "bulat2021.experts", "four", 0
+    runs = {(r.experiment, r.variant, r.seed, r.shortened, r.made_on): r for r in SHIPPED
+            if (r.experiment, r.variant, r.seed) != rounded_otherwise}  # fmt: skip
     pairs = [
         (run, runs[name, variant, *others])
         for (*of_run, seed, shortened, made_on), run in runs.items()

@@ -117,14 +117,15 @@ def evidence(chapters: list[ChapterClaims]) -> str:
     full = [claim for claim in held if claim["scale"] == "full"]
     shortened = sum(bool(SHORTENED.search(claim["measured"]["text"])) for claim in full)
     computed = sum(claim["hardware"] in NO_RUN for claim in held)
-    short = f" ({shortened} of them of shortened runs)" * (shortened > 0)
+    small = len(held) - len(full) - computed
+    short = f" ({shortened} of these shortened)" * (shortened > 0)
     parts = [
-        (len(full), f"records in {len(full)} cases{short}"),
-        (small := len(held) - len(full) - computed, f"small runs in {small}"),
-        (computed, f"counts, formulas or simulations without training in {computed}"),
+        (len(full), f"{len(full)} rest on recorded runs{short}"),
+        (small, f"{small} on what the chapters compute live"),
+        (computed, f"{computed} on counts, formulas, simulations or the authors' logs"),
     ]
     listed = ", ".join(words for number, words in parts if number)
-    return f"What the {len(held)} reproduced rest on: {listed}." if held else ""
+    return f"Of the {len(held)} reproduced claims, {listed}." if held else ""
 
 
 def scorecard(chapters: list[ChapterClaims]) -> str:
