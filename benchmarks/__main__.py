@@ -4,6 +4,8 @@ import argparse
 import importlib
 import json
 import re
+import sys
+import traceback
 from pathlib import Path
 
 import pandas
@@ -41,14 +43,24 @@ def main(argv: list[str] | None = None) -> None:
     hardware = records.device_name(device)
     path = options.out / (re.sub(r"\W+", "-", hardware).strip("-").lower() + ".json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    failed = []
     for name in options.names or NAMES:
+        try:
+            table = measured(name, device, options.repeats)
+        except Exception:  # whatever it is, the others are measured
+            traceback.print_exc()
+            failed.append(name)
+            continue
         results[name] = {
             "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "repeats": options.repeats, "table": measured(name, device, options.repeats),
+            "repeats": options.repeats, "table": table,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {path}")
+    if results:
+        print(f"\nwritten to {path}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ batch size and optimizer for both. The plain loop is what a tutorial would write
 two workers, torchvision's transforms one image at a time, float32.
 """
 
+import gc
 import re
 import subprocess
 import sys
@@ -92,10 +93,12 @@ LOOPS = {"ours": our_seconds, "plain": plain_seconds}
 def peak_bytes(name: str, device: torch.device, dataset) -> int:
     """Return the peak memory of a loop: on the GPU, or on a CPU that of a process of its own."""
     if device.type == "cuda":
+        gc.collect()  # what other benchmarks have left in cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         LOOPS[name](dataset, device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - before
     code = f"from benchmarks import loop; loop.print_peak({name!r}, {len(dataset.train_images)})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout) * 1024

@@ -62,23 +62,24 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def timed(case: Case, device: torch.device, graph: bool,
-          precision: str = "auto") -> tuple[float, int]:  # fmt: skip
-    """Return the seconds of the second epoch, with its test, and its multiplications."""
+          precision: str = "auto") -> tuple[float, int, int]:  # fmt: skip
+    """Return the second epoch's seconds, with its test, training images and multiplications."""
     chosen = {"BNNBOOK_GRAPHS": str(int(graph)), "BNNBOOK_PRECISION": precision}
     with patch.dict(os.environ, chosen):
         fitted = case.fit(replace(case.recipe, dataset="random", epochs=2), *case.options,
                           device=device)  # fmt: skip
     macs = summary(fitted.model.cpu(), (3, 32, 32)).loc["total", ["macs", "bops"]].sum()
     # a training image counts three times: once forward, twice backward
-    passes = 3 * len(fitted.dataset.train_images) + len(fitted.dataset.test_images)
-    return fitted.history.rows[-1]["seconds"], int(macs) * passes
+    images = len(fitted.dataset.train_images)  # without those held out
+    passes = 3 * images + len(fitted.dataset.test_images)
+    return fitted.history.rows[-1]["seconds"], images, int(macs) * passes
 
 
 def row(name: str, case: Case, device: torch.device, rate: float) -> dict:
     """Return a recipe's line of the table; "ratio" is the time with a graph over that without."""
-    seconds, products = timed(case, device, graph=True)
+    seconds, images, products = timed(case, device, graph=True)
     found = {"what": f"{name}, an epoch", "seconds": seconds,
-             "images_per_second": IMAGES[device.type] / seconds,
+             "images_per_second": images / seconds,
              "share_of_matrix_rate": products / seconds / rate}  # fmt: skip
     if device.type == "cpu":
         return found
@@ -89,7 +90,7 @@ def row(name: str, case: Case, device: torch.device, rate: float) -> dict:
 
 def in_bfloat16(name: str, case: Case, device: torch.device, float32: float) -> dict:
     """Return the line that compares an epoch in bfloat16, its test apart, with one in float32."""
-    seconds, _ = timed(case, device, graph=False, precision="bfloat16")
+    seconds, *_ = timed(case, device, graph=False, precision="bfloat16")
     return {"what": f"{name}, an epoch in bfloat16 / float32", "seconds": seconds,
             "plain_seconds": float32, "ratio": seconds / float32}  # fmt: skip
 

@@ -53,7 +53,8 @@ class Graph:
                     function()
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                with torch.cuda.graph(self.graph, stream=stream):
+                # after a failure torch leaves its own stream current, so ours is left by itself
+                with torch.cuda.stream(stream), torch.cuda.graph(self.graph, stream=stream):
                     self.outputs = function()
             except torch.OutOfMemoryError:
                 raise

@@ -36,6 +36,7 @@ from bnnbook.layers import (
 WORD = 64  # bits
 SIGNS = (sign, ste_sign, approx_sign, swish_sign)  # quantizers whose forward pass is the sign
 BLOCK = 2**15  # words compared at a time: 256 KiB, so that they stay in the cache
+GPU_BLOCK = 2**24  # on a GPU, for which each part is some twenty launches
 MULTIPLY = ("bits", "floats")
 
 # --- Words -------------------------------------------------------------------------------------
@@ -122,7 +123,8 @@ def xnor_product(a: Tensor, b: Tensor, n: int, valid: Tensor | None = None) -> T
         raise ValueError(f"b must be (rows, words), not {tuple(b.shape)}")
     rows = a.reshape(-1, a.shape[-1])
     masks = None if valid is None else valid.expand_as(a).reshape(rows.shape)
-    step = max(1, BLOCK // max(1, b.numel()))
+    block = GPU_BLOCK if b.is_cuda else BLOCK
+    step = max(1, block // max(1, b.numel()))
     parts = [_products(rows[i : i + step], b, n, None if masks is None else masks[i : i + step])
              for i in range(0, len(rows), step)]  # fmt: skip
     products = torch.cat(parts) if parts else rows.new_empty(0, len(b))

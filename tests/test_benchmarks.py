@@ -28,6 +28,21 @@ def test_results_are_written_beside_what_the_file_holds(tmp_path, capsys):
     assert "import bnnbook" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def measured(name, device, repeats):
+        if name == "loop":
+            raise RuntimeError("no such kernel")
+        return []
+
+    monkeypatch.setattr(command, "measured", measured)
+    options = ["--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: loop"):
+        command.main(["loop", "packed", *options])
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+    (path,) = tmp_path.glob("*.json")
+    assert list(json.loads(path.read_text(encoding="utf-8"))) == ["packed"]
+
+
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         command.main(["speed"])

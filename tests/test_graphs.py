@@ -512,5 +512,16 @@ def test_a_cuda_graph_trains_the_same_network(setting):
 
 
 @needs_cuda
+@pytest.mark.parametrize(("paper", "name", "variant"), [*RUNS, (bulat2021, "gate", "sigmoid")])
+def test_experiments_are_recorded_as_cuda_graphs(paper, name, variant, monkeypatch):
+    """With mixup, which is drawn in the graph; a step that cannot be recorded is a GraphError."""
+    of_paper = {"mixup": 0.2, "epochs": 3} if paper is bulat2021 else {"epochs": 1}
+    short = replace(paper.RECIPES[name]["small"], batch_size=400, **of_paper)
+    monkeypatch.setitem(paper.RECIPES, name, {"small": short})
+    record = getattr(paper, name)(variant, device="cuda")
+    assert all(math.isfinite(value) for value in record.metrics.values())
+
+
+@needs_cuda
 def test_a_run_with_a_cuda_graph_resumes(tmp_path, press_ctrl_c_at):
     assert_same(interrupted(tmp_path / "run.pt", press_ctrl_c_at, "cuda"), fit(mlp, "cuda"))

@@ -725,13 +725,27 @@ def test_a_batch_of_experts_is_convolved_in_bfloat16_as_it_is_trained(device, sa
     layer.zero_grad()
     layer.to(device)
     there = x.detach().to(device, memory_format=torch.channels_last).requires_grad_()
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    # enabled has to be said: left out, this would turn cuDNN off
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         with torch.autocast(device, torch.bfloat16):
             found = layer(there)
         found.float().sum().backward()
     torch.testing.assert_close(found.float().cpu(), expected, rtol=2**-8, atol=0)  # whole numbers
     for slope, other in zip(slopes, (there.grad, layer.weight.grad), strict=True):
         assert (slope - other.cpu()).norm() < 0.02 * slope.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_experts_are_evaluated_with_as_many_samples_as_training_predicts_at_once():
+    """In float32, one convolution of a thousand groups: is there an engine for it?"""
+    torch.manual_seed(0)
+    layer = layers.ExpertBinaryConv2d(64, 64, 3, padding=1)
+    x = torch.randn(1000, 64, 8, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        found = layer.cuda()(x.cuda().to(memory_format=torch.channels_last)).cpu()
+    alike = (found == expected).all((1, 2, 3))  # whole numbers, but for a choice on the edge
+    assert alike.float().mean() > 0.99
 
 
 # the warning is torch's own, from tracing autograd functions
