@@ -1,8 +1,9 @@
 """Quantizers: real numbers in, a few exact values out, with a surrogate for their gradient.
 
 Every function keeps shape, dtype and device, and takes float16, bfloat16, float32 or float64.
-The binary ones return exactly -1 or +1, even for NaN, whose sign means nothing. `sign` and the
-quantizers built on it raise TypeError for integers, which have no gradient.
+The binary ones return exactly -1 or +1, even for NaN, whose sign means nothing (but a single NaN
+spoils the maximum that `dorefa_weight` takes). `sign` and the quantizers built on it raise
+TypeError for integers, which have no gradient.
 """
 
 import inspect
@@ -50,9 +51,11 @@ def sign(x: Tensor) -> Tensor:
 
 
 def _just_above(limit: float, dtype: torch.dtype) -> float:
-    """Return the next larger number that the dtype can represent."""
-    step = math.ldexp(torch.finfo(dtype).eps, math.frexp(limit)[1] - 1)
-    return (round(limit / step) + 1) * step
+    """Return the next larger number that the dtype can represent, or infinity."""
+    info = torch.finfo(dtype)
+    step = math.ldexp(info.eps, math.frexp(limit)[1] - 1)
+    above = (round(limit / step) + 1) * step
+    return above if above <= info.max else math.inf
 
 
 def _apply(function: type[torch.autograd.Function], *arguments) -> Tensor:
@@ -64,7 +67,7 @@ def _apply(function: type[torch.autograd.Function], *arguments) -> Tensor:
 class _STESign(torch.autograd.Function):
     """Forward: sign. Backward: the gradient, masked to |x| <= clip_value."""
 
-    generate_vmap_rule = True  # works under torch.func
+    generate_vmap_rule = True  # works under torch.func, but in reverse mode only
 
     @staticmethod
     def forward(x, clip_value):
@@ -90,8 +93,8 @@ def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
     r"""Binarise by sign, with the gradient of the identity (straight-through estimator).
 
     Forward :math:`q(x) = \operatorname{sign}(x)`. Backward :math:`\partial q/\partial x = 1` where
-    :math:`|x| \le` ``clip_value``, else 0; with ``clip_value=None`` it is 1 everywhere. Raises
-    ValueError unless ``clip_value`` is a positive number or None.
+    :math:`|x| \le` ``clip_value`` (and where x is NaN), else 0; with ``clip_value=None`` it is 1
+    everywhere. Raises ValueError unless ``clip_value`` is a positive number or None.
 
     BinaryConnect uses the plain identity (``None``) for its weights, which it clips to [-1, 1]:
     there the mask would change nothing. The mask matters for activations.
@@ -102,7 +105,8 @@ def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
     >>> ste_sign(x).sum().backward(); x.grad
     tensor([0., 1., 1.])
     """
-    if clip_value is not None and not 0 < clip_value < math.inf:
+    number = clip_value is not None and not isinstance(clip_value, Tensor)
+    if clip_value is not None and not (number and 0 < clip_value < math.inf):
         raise ValueError(f"clip_value must be a positive number or None, not {clip_value!r}")
     return _apply(_STESign, x, clip_value)
 
@@ -214,8 +218,8 @@ def magnitude_aware_sign(w: Tensor, clip_value: float | None = 1.0) -> Tensor:
     if w.dim() < 2:
         raise ValueError(f"w must have output channels and inputs, (out, in, ...); got {w.dim()} "
                          "dimension(s)")  # fmt: skip
-    kappa = w.detach().abs().mean(tuple(range(1, w.dim())), keepdim=True)
-    return kappa * ste_sign(w, clip_value)
+    binary = ste_sign(w, clip_value)
+    return w.detach().abs().mean(tuple(range(1, w.dim())), keepdim=True) * binary
 
 
 class _Levels(torch.autograd.Function):
@@ -296,6 +300,8 @@ def dorefa_weight(w: Tensor, bits: int = 1) -> Tensor:
     >>> dorefa_weight(torch.tensor([-0.7, 0.0, 0.1]))
     tensor([-1., -1.,  1.])
     """
+    if not _is_exported() and not w.numel():
+        return w.clone()  # there is no maximum
     squashed = w.tanh()
     # clamped, so that weights that are all 0 do not become NaN; the maximum is taken over one
     # dimension, as the ONNX exporter needs it
@@ -311,7 +317,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     >>> hard_sigmoid(torch.tensor([-3.0, 0.0, 0.5, 3.0]))
     tensor([0.0000, 0.5000, 0.7500, 1.0000])
     """
-    return ((x + 1) / 2).clamp(0, 1)
+    return (x.clamp(-1, 1) + 1) / 2  # clamped first: just beyond 1, x + 1 would round to 2
 
 
 class _StochasticSign(torch.autograd.Function):

@@ -219,6 +219,8 @@ def _summary(id: str, measured, unit: str) -> dict[str, Any]:
     if measured is None:
         return summary
     if isinstance(measured, str):
+        if not measured.strip():
+            raise ValueError(f"{id}: the measurement is empty")
         return summary | {"n": None, "text": measured}
     values = [_number(id, value) for value in _sequence(measured)]
     if not values:
@@ -263,7 +265,7 @@ def three_digits(mean: float, spread: float | None = None) -> str:
 def _digits(mean: float, spread: float | None) -> str:
     if spread is not None and not spread > 1e-9 * abs(mean):  # rounding, or the NaN of one run
         spread = None if math.isnan(spread) else 0.0
-    size = max(abs(mean), spread or 0) or 1.0
+    size = float(f"{max(abs(mean), spread or 0) or 1.0:.3g}")  # 0.9996 is 1.00
     decimals = 2 - math.floor(math.log10(size))
     if not 0 <= decimals <= 6:
         return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
@@ -308,7 +310,7 @@ def glue(name: str, text: str) -> None:
 def _is_literal(text: str) -> bool:
     try:
         literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         return False
     return True
 

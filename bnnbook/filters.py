@@ -440,12 +440,14 @@ def wrong_sign_probability(rates: Rates, snr: float, steps: ArrayLike | None = N
     ``snr`` is the mean of a single step's gradient over its standard deviation. ``steps`` are the
     steps k since the mean reversed, with 0 for the first gradient of the new sign, and :math:`s_k`
     is `step_response`; ``None`` means long ago, :math:`s_k = 1`. The result has the shape of
-    ``steps``. Raises ValueError for a negative ``snr`` or step.
+    ``steps``. Raises ValueError for a negative ``snr`` or step, and for no steps.
 
     >>> wrong_sign_probability((0.001, 0.1), 0.02, [0, 701, 10_000]).round(2).tolist()
     [0.82, 0.5, 0.18]
     """
     steps = None if steps is None else np.asarray(steps)
+    if steps is not None and not steps.size:
+        raise ValueError("steps must not be empty")
     if not snr >= 0 or (steps is not None and steps.min() < 0):
         raise ValueError(f"snr and steps must not be negative, not {snr!r} and {steps!r}")
     s = 1.0 if steps is None else step_response(rates, int(steps.max()) + 1)[steps]
@@ -580,7 +582,7 @@ def time_varying_filter(
     :math:`g_i = b_0 \nabla_i - a_1 g_{i-1} - a_2 g_{i-2} - \dots`, from g = 0 on.
     ``coefficients``: one pair (b, a) per step, where b has one entry, :math:`a_0 = 1`, and all a
     have the same length; ``gradients``: (steps, ...). Raises ValueError unless there is one pair
-    per step.
+    per step, and for another b or :math:`a_0`.
 
     >>> time_varying_filter([ema_cascade(0.5)] * 3, [8.0, 0.0, 8.0]).tolist()
     [4.0, 2.0, 5.0]
@@ -588,6 +590,8 @@ def time_varying_filter(
     gradients, coefficients = np.asarray(gradients, dtype=float), list(coefficients)
     if len(coefficients) != len(gradients):
         raise ValueError(f"need one (b, a) per step, not {len(coefficients)} for {len(gradients)}")
+    if any(len(b) != 1 or a[0] != 1 for b, a in coefficients):
+        raise ValueError("each b must have one entry, and each a must begin with 1")
     g = np.zeros_like(gradients)
     for i, (b, a) in enumerate(coefficients):
         g[i] = b[0] * gradients[i] - sum(a[k] * g[i - k] for k in range(1, min(len(a), i + 1)))

@@ -53,13 +53,13 @@ class BinaryLayer:
         self.input_quantizer = input_quantizer  # first: if it is refused, the weights stay
         if weight_quantizer is None:
             with torch.no_grad():
-                self.weight.copy_(sign(self.weight))
+                stored_weight(self).copy_(sign(self.weight))
         self.weight_quantizer = weight_quantizer
 
     def reset_parameters(self, bound: float = 1.0) -> None:
         """Draw weights from U(-bound, bound), clipped to [-1, 1]; biases start at 0."""
         with torch.no_grad():
-            self.weight.uniform_(-bound, bound).clamp_(-1, 1)
+            stored_weight(self).uniform_(-bound, bound).clamp_(-1, 1)
             # the quantizer is not set yet while torch's own constructor runs
             if getattr(self, "weight_quantizer", self) is None:
                 self.weight.copy_(sign(self.weight))
@@ -105,19 +105,34 @@ class BinaryLayer:
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         weight, errors = state_dict.get(prefix + "weight"), rest[-1]
-        if self.weight_quantizer is None and weight is not None and not (weight.abs() == 1).all():
+        known = weight is not None and not weight.is_meta  # meta tensors have no values
+        if self.weight_quantizer is None and known and not (weight.abs() == 1).all():
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
             errors.append(f"{prefix}weight must be exactly ±1 without a weight_quantizer; to take "
                           "the signs of latent weights, load them into a layer that has one, then "
                           "call set_quantizers(None, ...)")  # fmt: skip
             rest = (rest[0], False, *rest[2:])  # strict=False: the weight is left out on purpose
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._mark_weight()  # torch may have put another parameter in its place
 
     def extra_repr(self) -> str:
         """Add the quantizers' names to what torch prints."""
         quantizers = [f"{kind}={_name(getattr(self, kind))}" for kind in QUANTIZED
                       if getattr(self, kind) is not None]  # fmt: skip
         return ", ".join([super().extra_repr(), *quantizers])
+
+
+def stored_weight(layer: BinaryLayer) -> nn.Parameter:
+    """Return a layer's weight, to be written to.
+
+    Raises TypeError for a weight that is computed from others (a parametrization, weight norm):
+    what is written there is lost.
+    """
+    weight = layer.weight
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"a {type(layer).__name__}'s weight is computed from others, as by a "
+                        "parametrization or weight norm: change those instead")  # fmt: skip
+    return weight
 
 
 def _name(quantizer: Quantizer) -> str:
@@ -255,8 +270,8 @@ class ExpertBinaryConv2d(BinaryConv2d):
     ``weight`` has the shape (experts, out_channels, in_channels // groups, kh, kw); the weight
     quantizer sees the first two as one, so that each output channel of each expert has its own
     scale. ``bias`` is shared. Input and output are those of `BinaryConv2d`; the batch dimension is
-    required. Raises ValueError unless ``experts`` and ``temperature`` are positive, and for an
-    input of another shape.
+    required. Raises ValueError unless ``experts`` is a positive integer and ``temperature``
+    positive, and for an input of another shape.
 
     Source: Bulat, Martinez, Tzimiropoulos, ICLR 2021 (read as arXiv 2010.03558v1).
     """
@@ -266,8 +281,8 @@ class ExpertBinaryConv2d(BinaryConv2d):
                  input_quantizer=ste_sign, bias: bool = False, temperature: float = 1.0,
                  padding_mode: str = "zeros", padding_value: float = 0.0,
                  device=None, dtype: torch.dtype | None = None):  # fmt: skip
-        if experts < 1 or not temperature > 0:
-            raise ValueError("experts and temperature must be positive, "
+        if type(experts) is not int or experts < 1 or not temperature > 0:
+            raise ValueError("experts must be a positive integer and temperature positive, "
                              f"not {experts!r} and {temperature!r}")  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
                          dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode,
@@ -311,20 +326,23 @@ class ExpertBinaryConv2d(BinaryConv2d):
     @torch.no_grad()
     def replicate(self, index: int = 0) -> None:
         """Copy one expert's weights to all, as the paper starts; the gate stays as it is."""
-        self.weight.copy_(self.weight[index].clone())
+        stored_weight(self).copy_(self.weight[index].clone())
 
     def _apply(self, fn, recurse: bool = True):
         # to(memory_format=torch.channels_last) would also convert five dimensions, and fail
         shape = self.weight.shape
-        for tensor in (self.weight, self.weight.grad):
-            if tensor is not None:
-                tensor.data = tensor.data.flatten(0, 1)
+        for tensor in self._stored():
+            tensor.data = tensor.data.flatten(0, 1)
         try:
             return super()._apply(fn, recurse)
         finally:  # also after an error, such as one for lack of memory
-            for tensor in (self.weight, self.weight.grad):
-                if tensor is not None:
-                    tensor.data = tensor.data.unflatten(0, shape[:2])
+            for tensor in self._stored():
+                tensor.data = tensor.data.unflatten(0, shape[:2])
+
+    def _stored(self) -> list[Tensor]:
+        """Return the weight and its gradient, if they are there; none if it is computed."""
+        weight = self._parameters.get("weight")
+        return [] if weight is None else [t for t in (weight, weight.grad) if t is not None]
 
     def _scores(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -339,11 +357,13 @@ class ExpertBinaryConv2d(BinaryConv2d):
 
 def _over_channels(values: Tensor, x: Tensor) -> Tensor:
     """Return per-channel values in x's dtype, shaped to broadcast over x of (N, C, ...)."""
+    if x.dim() < 2 or x.shape[1] != len(values):  # one channel would broadcast to any number
+        raise ValueError(f"the input must be (N, {len(values)}, ...), not {tuple(x.shape)}")
     return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
 
 class GlobalAveragePool(nn.Module):
-    """Average each channel over all positions: (N, C, H, W) to (N, C, 1, 1).
+    """Average each channel over all positions: (N, C, H, W) to (N, C, 1, 1), or without N.
 
     The means are those of ``AdaptiveAvgPool2d(1)``. But their gradient keeps the memory format of
     the input; torch's is contiguous, and in a channels-last residual network, where it is added to
@@ -356,7 +376,7 @@ class GlobalAveragePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the means."""
-        return F.avg_pool2d(x, x.shape[2:])
+        return F.avg_pool2d(x, x.shape[-2:])
 
 
 def channel_means(x: Tensor) -> Tensor:
@@ -531,14 +551,16 @@ def binarized(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
     weights; with ``weight_quantizer=None`` only their signs remain.
 
     Geometry, bias, dtype, device, training mode and ``requires_grad`` stay, and so do parameters
-    that are shared. An activation in front of a layer stays, too: the signs of what a ReLU returns
-    are all +1. A parent that holds its layers in a list, too, finds the new ones there. One that
-    reads a layer's weight and does not call the layer, as torchvision's Swin does, goes on with
-    the latent weight: in `models.summary` such a layer has no output. (Of
-    `torch.nn.TransformerEncoderLayer`, whose fast path does the same, that path is switched off.)
+    that are shared (with ``weight_quantizer=None`` a real layer that shares one has signs, too).
+    An activation in front of a layer stays, too: the signs of what a ReLU returns are all +1. A
+    parent that holds its layers in a list, too, finds the new ones there. One that reads a layer's
+    weight and does not call the layer, as torchvision's Swin does, goes on with the latent weight:
+    in `models.summary` such a layer has no output. (Of `torch.nn.TransformerEncoderLayer`, whose
+    fast path does the same, that path is switched off.)
 
     Raises ValueError if no layer is chosen, and for chosen layers that compute something else or
-    would lose something: those of a subclass, those with hooks, those compiled by themselves.
+    would lose something: those of a subclass, those with hooks or with a forward, modules or
+    buffers of their own, those compiled by themselves.
 
     >>> net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(7, 6))
     >>> binary = binarized(net)
@@ -593,15 +615,17 @@ def _chosen_layers(model: nn.Module, where: Callable | None) -> list[nn.Module]:
     refused = [f"{name} ({type(real[name]).__name__})"
                for name in names if not _is_plain(real[name])]  # fmt: skip
     if refused:
-        raise ValueError("only a Linear or a Conv2d itself, without hooks, can become binary; "
-                         f"let where leave out {', '.join(refused)}")  # fmt: skip
+        raise ValueError("only a Linear or a Conv2d itself, without hooks or parts of its own, "
+                         f"can become binary; let where leave out {', '.join(refused)}"
+                         )  # fmt: skip
     return [real[name] for name in names]
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
-             layer._backward_pre_hooks)  # fmt: skip
-    return type(layer) in (nn.Linear, nn.Conv2d) and not any(hooks)
+    own = vars(layer)
+    hooks = [value for name, value in own.items() if name.endswith("_hooks")]  # torch's dicts
+    parts = own["_modules"], own["_buffers"], "forward" in own
+    return type(layer) in (nn.Linear, nn.Conv2d) and not any((*hooks, *parts))
 
 
 def _binary_counterpart(layer: nn.Module, *quantizers: Quantizer | None) -> BinaryLayer:
@@ -622,16 +646,14 @@ def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:
 
     BinaryConnect does this after each update: beyond :math:`\pm 1` a weight would grow without any
     effect on its binary value. Weights without a quantizer are already binary and are not touched.
-    Raises TypeError for a weight that is computed from others (a parametrization, weight norm).
+    Raises ValueError unless ``bound`` is positive, and TypeError as `stored_weight` does.
     """
+    if not bound > 0:
+        raise ValueError(f"bound must be positive, not {bound!r}")
     with torch.no_grad():
         for layer in binary_layers(model):
-            if layer.weight_quantizer is None:
-                continue
-            if not isinstance(layer.weight, nn.Parameter):
-                kind = type(layer).__name__
-                raise TypeError(f"a {kind}'s weight is computed from others: clip those")
-            layer.weight.clamp_(-bound, bound)
+            if layer.weight_quantizer is not None:
+                stored_weight(layer).clamp_(-bound, bound)
 
 
 class SquaredHingeLoss(nn.Module):
@@ -641,7 +663,8 @@ class SquaredHingeLoss(nn.Module):
     (N, classes) and integer targets (N,). ``reduction="mean"`` averages over batch and classes
     (BinaryConnect's released code); ``"batchmean"`` sums over classes and averages over the batch
     (its earlier code). The two differ by a factor of ``classes``, which matters to SGD but not to
-    ADAM. Raises ValueError for any other ``reduction``.
+    ADAM. Half precision is computed in float32, because in float16 the square of 256 overflows.
+    Raises ValueError for any other ``reduction``, and for targets of another shape.
 
     >>> SquaredHingeLoss()(torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([0, 1]))
     tensor(0.5000)
@@ -655,6 +678,10 @@ class SquaredHingeLoss(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, a scalar."""
+        if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
+            raise ValueError("outputs must be (N, classes) and targets (N,), not "
+                             f"{tuple(outputs.shape)} and {tuple(targets.shape)}")  # fmt: skip
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         margin = outputs.neg().scatter(1, targets[:, None], outputs.gather(1, targets[:, None]))
         loss = F.relu(1 - margin).square()
         return loss.mean() if self.reduction == "mean" else loss.sum(1).mean()
@@ -701,7 +728,7 @@ def attention_matching(students: Iterable[Tensor], teachers: Iterable[Tensor]) -
     distances = []
     for student, teacher in zip(students, teachers, strict=True):
         ours, theirs = attention_map(student), attention_map(teacher.detach())
-        if ours.shape != theirs.shape:
+        if (len(student), *student.shape[2:]) != (len(teacher), *teacher.shape[2:]):
             raise ValueError(f"features of {tuple(student.shape)} and {tuple(teacher.shape)} have "
                              "maps of different sizes")  # fmt: skip
         distances.append(torch.linalg.vector_norm(ours - theirs, dim=1).mean())
@@ -740,7 +767,8 @@ class ElasticLink(nn.Module):
     (N, out_channels, H, W) the convolution's output. :math:`\gamma` = ``balance`` is one learned
     number. s has no parameters: it is the identity for equal numbers of channels, repeats x to
     expand, and averages groups of neighbouring channels to squeeze. Raises ValueError if neither
-    number of channels divides the other, and if x and y differ in height or width.
+    number of channels divides the other, for an x of another number of channels, and if x and y
+    differ in height or width.
 
     Source: the idea of Hu et al. (AAAI 2022), from its abstract: the input, a learned balance,
     squeeze and expand. We could not read their formulas: that :math:`\gamma` is one number that
@@ -758,6 +786,8 @@ class ElasticLink(nn.Module):
 
     def matched(self, x: Tensor) -> Tensor:
         """Return x with out_channels channels, s(x)."""
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels, not {x.shape[1]}")
         if self.in_channels <= self.out_channels:
             return x.repeat(1, self.out_channels // self.in_channels, 1, 1)
         return x.unflatten(1, (self.out_channels, -1)).mean(2)

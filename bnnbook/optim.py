@@ -27,10 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from bnnbook.binarize import sign, stochastic_sign
-from bnnbook.layers import binary_layers, clip_latent_weights
+from bnnbook.layers import (
+    ExpertBinaryConv2d,
+    binary_layers,
+    clip_latent_weights,
+    stored_weight,
+)
 
 Tensors = list[Tensor]
-TINY = 1e-30  # below any gradient's root mean square that is not 0
 
 
 def decayed_sum(sums: Tensors, terms: Tensors, decay, scale) -> None:
@@ -178,7 +182,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         """
         # torch adds keys to the defaults that no group has
         own = set(self.defaults).intersection(*self.param_groups)
-        missing = own.difference(*state_dict["param_groups"])
+        missing = set().union(*(own.difference(group) for group in state_dict["param_groups"]))
         if missing:
             raise ValueError(f"this is no state of {type(self).__name__}: its groups have no "
                              f"{', '.join(sorted(missing))}")  # fmt: skip
@@ -218,7 +222,8 @@ def binarize_(weight: Tensor) -> Tensor:
     """
     zero = weight == 0
     signs = sign(weight)
-    if zero.any():  # otherwise draw nothing: runs with other optimizers stay comparable
+    # without zeros nothing is drawn: runs with other optimizers stay comparable
+    if not weight.is_meta and zero.any():
         signs = torch.where(zero, stochastic_sign(torch.zeros_like(weight)), signs)
     return weight.copy_(signs)
 
@@ -438,6 +443,8 @@ class LatentSGD(FlipOptimizer):
     def rates(group: dict) -> tuple[float, ...]:
         """Return gamma, lr times weight_decay, lr and, if there is one, the clipping bound."""
         decay = group["weight_decay"]
+        if not abs(decay) < math.inf:
+            raise ValueError(f"weight_decay must be a number, not {decay}")
         lr = _in_bounds(group, "lr", 1 / decay if decay > 0 else math.inf)
         _check_clip(group["clip"])
         clip = () if group["clip"] is None else (group["clip"],)
@@ -615,9 +622,7 @@ class RankedFlips(FlipOptimizer):
     @staticmethod
     def check(group: dict) -> None:
         """Raise ValueError for an unknown evidence, or a rate outside (0, 1]."""
-        if group["evidence"] not in RankedFlips.BUFFERS:
-            known = ", ".join(RankedFlips.BUFFERS)
-            raise ValueError(f"unknown evidence {group['evidence']!r}; known: {known}")
+        _check_evidence(group["evidence"])
         _check_rate("fraction", group["lr"])
         _check_rate("alpha", group["alpha"])
         _check_rate("gamma", group["gamma"])
@@ -625,8 +630,15 @@ class RankedFlips(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple:
         """Return the fraction as it is in this step, the evidence and the averages' rates."""
+        _check_evidence(group["evidence"])
         averages = _in_bounds(group, "alpha"), _in_bounds(group, "gamma")
         return _in_bounds(group, "lr"), group["evidence"], *averages
+
+
+def _check_evidence(kind: str) -> None:
+    if kind not in RankedFlips.BUFFERS:
+        known = ", ".join(RankedFlips.BUFFERS)
+        raise ValueError(f"unknown evidence {kind!r}; known: {known}")
 
 
 def _evidence(kind: str, gradients: Tensors, buffers, alpha, gamma) -> Tensors:
@@ -641,8 +653,8 @@ def _evidence(kind: str, gradients: Tensors, buffers, alpha, gamma) -> Tensors:
     if kind == "normalised":  # the averages m of the gradients and v of their squares
         decayed_sum(first, gradients, alpha, alpha)
         decayed_sum(second, torch._foreach_mul(gradients, gradients), alpha, alpha)
-        # 0 where no gradient ever came, instead of 0/0
-        return [m / v.sqrt().clamp_min(TINY) for m, v in zip(first, second, strict=True)]
+        # 0 where no gradient ever came, or only such whose squares underflow
+        return [torch.where(v > 0, m / v.sqrt(), 0.0) for m, v in zip(first, second, strict=True)]
     decayed_sum(first, gradients, gamma, gamma)
     decayed_sum(second, first, alpha, alpha)
     return second
@@ -651,15 +663,20 @@ def _evidence(kind: str, gradients: Tensors, buffers, alpha, gamma) -> Tensors:
 def flip_strongest(weight: Tensor, strength: Tensor, count: int) -> None:
     """Flip in place the ``count`` weights of the largest positive strength, the first on ties.
 
-    weight, strength: of one shape. Fewer flip if fewer are positive; NaN flips nothing.
+    weight, strength: of one shape. Fewer flip if fewer are positive; NaN flips nothing. Raises
+    ValueError for a strength of another shape.
 
     >>> weight = torch.ones(4)
     >>> flip_strongest(weight, torch.tensor([0.5, -2.0, 0.5, 0.7]), 2); weight
     tensor([-1.,  1.,  1., -1.])
     """
+    if strength.shape != weight.shape:
+        raise ValueError(f"strength must have the weight's shape, {tuple(weight.shape)}, not "
+                         f"{tuple(strength.shape)}")  # fmt: skip
+    flat = strength.flatten()
+    count = min(count, len(flat))
     if not count:
         return
-    flat = strength.flatten()
     least = flat.topk(count, sorted=False).values.min()
     if not least > 0:  # too few are positive, or there are NaN
         flat = torch.where(flat > 0, flat, 0.0)
@@ -686,7 +703,7 @@ class _RateAsLR(dict):
     """View of an optimizer's group in which "lr" stands for another of its rates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, index: int, name: str):
-        super().__init__(params=[])
+        super().__init__()  # an entry of its own would be copied into the group that it stands for
         self.optimizer, self.index, self.name = optimizer, index, name
 
     @property
@@ -749,13 +766,14 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     The layer's type decides, never its name; a shared parameter is listed once, as binary if any
     of its layers is. The weights of layers with a ``weight_quantizer`` are listed as binary, too,
     but are latent: they are for torch's optimizers or `LatentSGD`, not for `Bop` or `CascadedEMA`.
-    Raises ValueError if the model has no binary layer.
+    Raises ValueError if the model has no binary layer, and TypeError as `layers.stored_weight`.
 
     >>> from bnnbook.models import binaryconnect_mlp
     >>> [len(part) for part in split_parameters(binaryconnect_mlp())]
     [4, 8]
     """
-    binary = list({id(layer.weight): layer.weight for layer in binary_layers(model)}.values())
+    stored = [stored_weight(layer) for layer in binary_layers(model)]
+    binary = list({id(weight): weight for weight in stored}.values())
     if not binary:
         raise ValueError("the model has no binary layer (BinaryLinear, BinaryConv2d)")
     known = {id(weight) for weight in binary}
@@ -772,7 +790,8 @@ def glorot_coefficient(layer: nn.Module) -> float:
     >>> round(1 / glorot_coefficient(nn.Linear(784, 1024)), 2)
     34.72
     """
-    weight = layer.weight[0] if layer.weight.dim() == 5 else layer.weight  # one of the experts
+    # that of one expert
+    weight = layer.weight[0] if isinstance(layer, ExpertBinaryConv2d) else layer.weight
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
     return math.sqrt(1.5 / (fan_in + fan_out))
 
@@ -793,7 +812,8 @@ def glorot_scaled_groups(model: nn.Module, lr: float, power: int) -> list[dict]:
     if power not in (0, 1, 2):
         raise ValueError(f"power must be 0 (no scaling), 1 (ADAM) or 2 (SGD), not {power!r}")
     _, real = split_parameters(model)
-    layers = {id(layer.weight): layer for layer in binary_layers(model)}  # a shared weight once
+    # a shared weight once
+    layers = {id(stored_weight(layer)): layer for layer in binary_layers(model)}
     scaled = [
         {"params": [layer.weight], "lr": lr / glorot_coefficient(layer) ** power}
         for layer in layers.values()

@@ -206,6 +206,8 @@ class C2I(_OfWeights):
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the initial signs of the run that is resumed."""
+        if state["initial"].shape != self.initial.shape:
+            raise ValueError("the saved C2I is of another network")
         self.initial.copy_(state["initial"])
 
 
@@ -283,8 +285,10 @@ class ActivationSaturation(_Hooked):
     def start(self, model: nn.Module) -> None:
         """Register a hook on each layer with an input quantizer."""
         self.stop()
-        layers = {name: layer for name, layer in _named_binary_layers(model).items()
-                  if layer.input_quantizer is not None}  # fmt: skip
+        # also those that share a weight, whose inputs differ
+        layers = {name or type(layer).__name__: layer for name, layer in model.named_modules()
+                  if isinstance(layer, BinaryLayer) and layer.input_quantizer is not None
+                  }  # fmt: skip
         self.names, self.steps, self.looking = list(layers), 0, True
         device = _device([layer.weight for layer in layers.values()])
         self.above = torch.zeros(len(layers), dtype=torch.int64, device=device)
@@ -327,6 +331,8 @@ class ActivationSaturation(_Hooked):
 
     def load_state_dict(self, state: dict) -> None:
         """Go on counting from a saved state."""
+        if state["above"].shape != self.above.shape:
+            raise ValueError("the saved ActivationSaturation is of another network")
         self.above.copy_(state["above"])
         self.seen.copy_(state["seen"])
         self.steps = state["steps"]
@@ -428,7 +434,8 @@ def _centred(gradients) -> np.ndarray:
     x = np.asarray(gradients, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(f"gradients must be (steps, weights), 2 steps or more, not {x.shape}")
-    return x - x.mean(0)
+    constant = (x == x[0]).all(0)  # whose mean may be off by a rounding
+    return np.where(constant, 0.0, x - x.mean(0))
 
 
 def power_spectrum(gradients, segment: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -500,7 +507,8 @@ def binary_report(model: nn.Module):
       latent weights are finite.
     - input: the input quantizer's name, ``real`` without one.
 
-    A stochastic quantizer draws once; torch's generators are left as they were.
+    A stochastic quantizer draws once; torch's generators are left as they were, a generator of
+    the quantizer's own is not.
 
     >>> from bnnbook.layers import BinaryLinear
     >>> model = nn.Sequential(BinaryLinear(9, 8), nn.Linear(8, 2))
@@ -623,11 +631,15 @@ def _device(weights: list[Tensor]) -> torch.device:
 def share_above(weights: list[Tensor], limit: float) -> float:
     r"""Return the fraction of all given weights with :math:`|w| \ge` ``limit``.
 
+    Raises ValueError if there are none.
+
     >>> share_above([torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])], 0.99)
     0.5
     """
-    above = sum((weight.detach().abs() >= limit).sum() for weight in weights)
-    return above.item() / sum(weight.numel() for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    if not total:
+        raise ValueError("there are no weights")
+    return sum((weight.detach().abs() >= limit).sum() for weight in weights).item() / total
 
 
 def latent_histogram(weight: Tensor, bins: int = 50, bound: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -480,3 +480,28 @@ def test_quantizers_work_under_torch_func(name):
     assert torch.equal(torch.func.grad(lambda v: quantizer(v).sum())(x.detach()), expected)
     rows = torch.func.vmap(torch.func.grad(lambda v: quantizer(v).sum()))(x.detach().view(2, 2))
     assert torch.equal(rows.flatten(), expected)
+
+
+def test_integers_and_an_empty_weight_are_told_apart():
+    for integers in (torch.tensor([[1, 2]]), torch.tensor([[True]])):
+        with pytest.raises(TypeError, match="floating-point"):
+            binarize.magnitude_aware_sign(integers)
+    assert binarize.dorefa_weight(torch.ones(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_hard_sigmoid_has_no_slope_just_beyond_its_ends(dtype):
+    x = torch.tensor(
+        [-1.0, 1.0, -1 - torch.finfo(dtype).eps, 1 + torch.finfo(dtype).eps], dtype=dtype
+    )
+    x.requires_grad_()
+    binarize.hard_sigmoid(x).sum().backward()
+    assert x.grad.tolist() == [0.5, 0.5, 0, 0]
+
+
+def test_a_clip_value_beyond_all_numbers_clips_none_but_infinity():
+    x = torch.tensor([3e38, math.inf], requires_grad=True)
+    binarize.ste_sign(x, 1e39).sum().backward()
+    assert x.grad.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="clip_value must be a positive number"):
+        binarize.ste_sign(x, torch.tensor(0.5))

@@ -497,3 +497,18 @@ def test_a_claim_on_records_names_variants_and_gives_finite_numbers(tmp_path):
     with pytest.raises(ValueError, match="measured holds nan"):
         claims.check_recorded("toy.nan", "None.", "toy.sweep", ["sgd"], lambda r: float("nan"),
                               root=tmp_path)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_a_verdict_needs_words_or_numbers(text):
+    with pytest.raises(ValueError, match="the measurement is empty"):
+        claims.check("toy.blank", "x", measured=text, holds=True, hardware="any")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.9996, "1.00"), (99.96, "100"), (9.995, "9.99")])
+def test_a_number_that_is_rounded_up_keeps_three_digits(number, text):
+    assert claims.three_digits(number) == text
+
+
+def test_a_text_that_reads_like_an_impossible_set_is_text():
+    claims.glue("set", "{[]}")

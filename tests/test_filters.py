@@ -998,3 +998,15 @@ def test_a_freeze_point_of_no_rates(bad):
 
 def test_the_freeze_point_of_a_rate_that_is_no_binary_fraction():
     assert filters.freeze_point([0.01] * 300) == 200
+
+
+def test_a_time_varying_filter_has_one_b_and_begins_with_1():
+    nesterov = filters.sgd_filter(0.5, 0.5, 0.25, nesterov=True)
+    for pair in (nesterov, ([1.0], [2.0, 0.5])):
+        with pytest.raises(ValueError, match="each b must have one entry"):
+            filters.time_varying_filter([pair] * 3, [1.0, 0.0, 0.0])
+
+
+def test_no_steps_have_no_probability():
+    with pytest.raises(ValueError, match="steps must not be empty"):
+        filters.wrong_sign_probability(0.1, 0.1, [])

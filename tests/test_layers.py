@@ -339,7 +339,7 @@ def hooked():
     (nn.ReLU(), None, "must choose among the linear layers and convolutions"),
     (nn.MultiheadAttention(4, 2), lambda name, layer: True, r"leave out out_proj \(NonDyn"),
     (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), lambda name, layer: True, "Param"),
-    (hooked(), None, r"without hooks, can become binary; let where leave out 5 \(Linear\)"),
+    (hooked(), None, r"parts of its own, can become binary; let where leave out 5 \(Linear\)"),
     (layers.binarized(real_network()), None, "must choose among 0, 6"),
 ])  # fmt: skip
 def test_what_cannot_become_binary_is_named(network, where, message):
@@ -356,6 +356,19 @@ def test_squared_hinge_loss(reduction):
     expected = expected.mean() if reduction == "mean" else expected.sum(1).mean()
     loss = layers.SquaredHingeLoss(reduction)(torch.tensor(outputs), torch.tensor(targets))
     assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(2).long(), torch.zeros(4, 1).long()])
+def test_squared_hinge_loss_needs_a_target_for_each_output(targets):
+    with pytest.raises(ValueError, match=r"targets \(N,\), not \(4, 3\)"):
+        layers.SquaredHingeLoss()(torch.zeros(4, 3), targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squared_hinge_loss_of_half_precision_does_not_overflow(dtype):
+    outputs, targets = torch.tensor([[304.0, 0.0]]), torch.tensor([0])
+    loss = layers.SquaredHingeLoss()
+    assert loss(outputs.to(dtype), 1 - targets) == loss(outputs, 1 - targets) == (305**2 + 1) / 2
 
 
 def test_squared_hinge_loss_refuses_an_unknown_reduction():
@@ -773,7 +786,7 @@ def test_exported_experts_take_batches_of_any_size(options):
 
 @pytest.mark.parametrize("options", [{"experts": 0}, {"temperature": 0.0}, {"temperature": -1.0}])
 def test_experts_and_temperature_must_be_positive(options):
-    with pytest.raises(ValueError, match="experts and temperature must be positive"):
+    with pytest.raises(ValueError, match="experts must be a positive integer and temp"):
         layers.ExpertBinaryConv2d(4, 8, 3, **options)
 
 
@@ -1310,3 +1323,100 @@ def test_attention_does_not_depend_on_the_size_of_features(scale):
 def test_the_bipolar_penalty_of_many_weights_in_half_precision(dtype):
     weights = torch.zeros(100_000, dtype=dtype)
     assert layers.bipolar_penalty([weights], 1e-6).item() == pytest.approx(0.1)
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, w):
+        return w / 2
+
+
+@pytest.mark.parametrize("write", [
+    lambda layer: layer.reset_parameters(),
+    lambda layer: layer.set_quantizers(None, None),
+    lambda layer: split_parameters(nn.Sequential(layer)),
+    lambda layer: layer.replicate(),
+])  # fmt: skip
+def test_a_weight_that_is_computed_from_others_is_not_written_to(write):
+    layer = layers.ExpertBinaryConv2d(3, 2, 3, experts=2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+    with pytest.raises(TypeError, match="ExpertBinaryConv2d's weight is computed from others"):
+        write(layer)
+
+
+def test_experts_with_a_parametrized_weight_are_converted():
+    layer = layers.ExpertBinaryConv2d(3, 2, 3, experts=2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+    before = layer.weight.detach().double()
+    assert torch.equal(layer.double().weight, before)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])
+def test_latent_weights_are_clipped_to_a_positive_bound(bound):
+    layer = layers.BinaryLinear(3, 2)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="bound must be positive"):
+        layers.clip_latent_weights(layer, bound)
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_weight_that_is_loaded_by_swapping_is_still_known_as_latent():
+    layer = layers.BinaryLinear(3, 2)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(layers.BinaryLinear(3, 2).state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert layer.weight.latent
+
+
+def test_weights_without_values_are_loaded():
+    meta = layers.BinaryLinear(3, 2, weight_quantizer=None, device="meta")
+    layer = layers.BinaryLinear(3, 2, weight_quantizer=None, device="meta")
+    layer.load_state_dict(meta.state_dict(), assign=True)
+    assert layer.weight.is_meta
+
+
+@pytest.mark.parametrize("change", [
+    lambda layer: setattr(layer, "forward", lambda x: x),
+    lambda layer: layer.register_module("adapter", nn.Linear(2, 2)),
+    lambda layer: layer.register_buffer("count", torch.zeros(())),
+    lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
+])  # fmt: skip
+def test_a_layer_with_parts_of_its_own_does_not_become_binary(change):
+    layer = nn.Linear(2, 2)
+    change(layer)
+    with pytest.raises(ValueError, match=r"parts of its own, can become binary; .* 0 \(Linear\)"):
+        layers.binarized(nn.Sequential(layer), lambda name, layer: name == "0")
+
+
+@pytest.mark.parametrize("experts", [True, 1.5, 0])
+def test_experts_are_counted_in_integers(experts):
+    with pytest.raises(ValueError, match="experts must be a positive integer"):
+        layers.ExpertBinaryConv2d(2, 3, 3, experts=experts)
+
+
+@pytest.mark.parametrize("layer", [
+    layers.LearnableShift(8), layers.RPReLU(8), layers.ChannelScale(8),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (8,)])
+def test_a_number_for_each_channel_needs_these_channels(layer, shape):
+    with pytest.raises(ValueError, match=r"the input must be \(N, 8, \.\.\.\)"):
+        layer(torch.zeros(shape))
+
+
+def test_an_elastic_link_needs_its_channels():
+    with pytest.raises(ValueError, match="x must have 8 channels, not 16"):
+        layers.ElasticLink(8, 4)(torch.zeros(1, 16, 2, 2), torch.zeros(1, 4, 2, 2))
+
+
+def test_channels_are_averaged_with_and_without_a_batch():
+    x = torch.randn(5, 3, 4)
+    assert torch.allclose(layers.GlobalAveragePool()(x), x.mean((1, 2), keepdim=True))
+
+
+def test_maps_of_equal_size_but_another_form_are_not_matched():
+    with pytest.raises(ValueError, match="maps of different sizes"):
+        layers.attention_matching([torch.ones(1, 1, 1, 4)], [torch.ones(1, 1, 2, 2)])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from functools import partial
 
 import numpy as np
@@ -1270,3 +1271,73 @@ def test_a_schedule_of_an_older_state_finds_its_numbers():
     optimizer.step()
     cycle.step()
     assert 0.02 < optimizer.param_groups[0]["gamma"] < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")  # torch's own copies warn, too
+@pytest.mark.parametrize("renew", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_of_a_scheduler_of_another_rate_keeps_the_weights(renew):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = optim.CascadedEMA([weight], alpha=0.01, gamma=0.1)
+    scheduler = lr_scheduler.ExponentialLR(optim.rate_as_lr(optimizer, "gamma"), 0.5)
+    if renew is copy.deepcopy:  # the hook on the optimizer cannot be pickled
+        weight, optimizer, scheduler = renew((weight, optimizer, scheduler))
+    else:
+        scheduler = renew(scheduler)
+        optimizer = scheduler.optimizer.param_groups[0].optimizer
+        (weight,) = optimizer.param_groups[0]["params"]
+    assert optimizer.param_groups[0]["params"][0] is weight
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["gamma"] == 0.05
+    assert (weight == -1).all()
+
+
+def test_five_dimensions_alone_make_no_experts():
+    assert 1 / optim.glorot_coefficient(nn.Conv3d(4, 8, 3)) == pytest.approx(
+        math.sqrt((4 + 8) * 27 / 1.5)
+    )
+
+
+def test_a_number_that_one_group_of_a_state_lacks_is_missed():
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = optim.Bop([{"params": [w]} for w in weights], gamma=0.1, threshold=0.0)
+    state = optimizer.state_dict()
+    del state["param_groups"][1]["threshold"]
+    with pytest.raises(ValueError, match="its groups have no threshold"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("optimizer", "key", "value", "message"), [
+    (partial(optim.LatentSGD, lr=0.1), "weight_decay", math.nan, "weight_decay must be a number"),
+    (partial(optim.RankedFlips, fraction=0.1), "evidence", "x", "unknown evidence 'x'"),
+])  # fmt: skip
+def test_what_a_group_is_given_later_is_checked_at_the_step(optimizer, key, value, message):
+    weight = nn.Parameter(torch.ones(2))
+    made = optimizer([weight])
+    made.param_groups[0][key] = value
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=message):
+        made.step()
+    assert (weight == 1).all()
+
+
+def test_a_gradient_whose_square_underflows_is_no_evidence():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = optim.RankedFlips([weight], fraction=1 / 3, evidence="normalised", alpha=0.1)
+    weight.grad = torch.tensor([1e-25, 0.1, 0.1])
+    optimizer.step()
+    assert weight[0] == 1
+
+
+def test_no_more_weights_flip_than_there_are():
+    weight = torch.ones(3)
+    optim.flip_strongest(weight, torch.tensor([0.5, 0.2, -0.1]), 9)
+    assert weight.tolist() == [-1, -1, 1]
+    with pytest.raises(ValueError, match="strength must have the weight's shape"):
+        optim.flip_strongest(weight, torch.ones(2), 1)
+
+
+def test_a_weight_without_values_is_no_error():
+    weight = nn.Parameter(torch.empty(3, device="meta"))
+    assert optim.Bop([weight], gamma=0.1, threshold=0.0).param_groups[0]["params"][0].is_meta

@@ -869,3 +869,39 @@ def test_a_transformer_that_reads_the_weights_itself_is_not_binary():
     encoder = nn.TransformerEncoderLayer(8, 2, 16)  # with the batch second, torch calls them
     encoder.linear1 = layers.BinaryLinear(8, 16, bias=True)
     probes.require_binary(encoder)
+
+
+def test_a_constant_gradient_has_no_correlation_whatever_its_value():
+    gradients = np.stack([np.full(300, 0.1), np.random.default_rng(0).normal(size=300)], axis=1)
+    for measure in (probes.lag_one_autocorrelation, probes.signal_to_noise):
+        assert np.isnan(measure(gradients)).tolist() == [True, False]
+    alone = probes.power_spectrum(gradients[:, 1:], 64)
+    np.testing.assert_allclose(probes.power_spectrum(gradients, 64), alone, rtol=1e-12)
+
+
+def test_the_inputs_of_layers_that_share_a_weight_are_all_measured():
+    first, second = (layers.BinaryLinear(4, 4, input_quantizer=ste_sign) for _ in range(2))
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    probe = probes.ActivationSaturation(per_layer=True)
+    probe.start(model)
+    model(torch.full((2, 4), 3.0))
+    assert {"activation_saturation/0", "activation_saturation/1"} < set(probe.epoch())
+
+
+@pytest.mark.parametrize("probe", [probes.C2I, probes.ActivationSaturation])
+def test_the_state_of_another_network_is_refused(probe):
+    small, large = (
+        nn.Sequential(*[layers.BinaryLinear(1, 1, input_quantizer=ste_sign) for _ in range(n)])
+        for n in (1, 3)
+    )
+    made = [probe(), probe()]
+    for each, model in zip(made, (small, large), strict=True):
+        each.start(model)
+    with pytest.raises(ValueError, match="of another network"):
+        made[1].load_state_dict(made[0].state_dict())
+
+
+def test_no_weights_have_no_share():
+    with pytest.raises(ValueError, match="there are no weights"):
+        probes.share_above([], 0.5)
