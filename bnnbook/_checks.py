@@ -71,6 +71,21 @@ def check_steps(parts: Iterable) -> None:
                 )
 
 
+def check_schedulers(schedulers: Iterable, optimizers: Iterable) -> None:
+    """Raise ValueError for a scheduler of an optimizer that `train` was not given."""
+    known = {id(optimizer) for optimizer in optimizers}
+    for scheduler in schedulers:
+        owner = getattr(scheduler, "optimizer", None)
+        if not isinstance(owner, torch.optim.Optimizer):
+            continue  # of somebody's own making
+        owner = getattr(owner.param_groups[0], "optimizer", owner)  # made on optim.rate_as_lr
+        if id(owner) not in known:
+            raise ValueError(
+                f"a {type(scheduler).__name__} belongs to another {type(owner).__name__}: pass "
+                "the optimizer that it was made with, too"
+            )
+
+
 def _check_not_latent(optimizers, model: nn.Module) -> None:
     """Raise ValueError if an optimizer that flips ±1 holds latent weights, or biases and gains."""
     flipped = {id(p) for o in optimizers if getattr(o, "binary", False)

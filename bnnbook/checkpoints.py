@@ -9,6 +9,7 @@ import os
 import pickle
 import weakref
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from bnnbook.layers import QUANTIZED
+from bnnbook.records import unused_name
 
 FORMAT = 1
 # What torch.load raises for a file that is cut short or was not written by torch.
 DAMAGE = (pickle.UnpicklingError, EOFError, RuntimeError, OSError, LookupError, TypeError,
           ValueError)  # fmt: skip
+ZIP = b"PK\3\4"  # how the files of torch.save begin
 
 
 class CheckpointError(RuntimeError):
@@ -47,24 +50,25 @@ def write(state: dict, path: Path) -> None:
 def read(path: Path) -> dict:
     """Return the contents of a checkpoint.
 
-    Raises CheckpointError for a damaged file, which is moved aside, and for a file of another kind
-    or format, which stays where it is; and OSError for a file that cannot be opened.
+    Raises CheckpointError for a damaged file, which is moved aside to NAME.corrupt, and for a file
+    of another kind or format, which stays where it is; and OSError for a file that cannot be
+    opened.
     """
-    content = io.BytesIO(path.read_bytes())  # a file that cannot be opened is not a damaged one
+    content = path.read_bytes()
+    if _is_damaged(content):
+        aside = unused_name(path)
+        path.rename(aside)
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: it is cut short, or has changed; it was moved to "
+            f"{aside.name}. Run again to start from the beginning"
+        )
     try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         number = state["format"]
     except DAMAGE as error:
-        if zipfile.is_zipfile(path):  # whole, as torch writes it, with other contents
-            raise CheckpointError(
-                f"{path} is a file of another kind ({type(error).__name__}), and was left as it "
-                "is; name another file for the checkpoint"
-            ) from error
-        aside = path.with_name(path.name + ".corrupt")
-        path.replace(aside)
         raise CheckpointError(
-            f"{path} is not a whole checkpoint ({type(error).__name__}); it was moved to "
-            f"{aside.name}. Run again to start from the beginning"
+            f"{path} is a file of another kind ({type(error).__name__}), and was left as it "
+            "is; name another file for the checkpoint, or remove this one"
         ) from error
     if number != FORMAT:
         raise CheckpointError(
@@ -72,6 +76,16 @@ def read(path: Path) -> dict:
             "the version of bnnbook that wrote it, or remove it to start anew"
         )
     return state
+
+
+def _is_damaged(content: bytes) -> bool:
+    """Return whether a file of torch's is cut short or has changed, or holds nothing."""
+    if content.strip(b"\0") and not ZIP.startswith(content[: len(ZIP)]):
+        return False  # torch never wrote it
+    try:  # torch itself compares no checksums
+        return zipfile.ZipFile(io.BytesIO(content)).testzip() is not None
+    except (*DAMAGE, zipfile.BadZipFile, zlib.error):
+        return True
 
 
 def compare(path: Path, here: Mapping, there: Mapping) -> None:
@@ -266,11 +280,19 @@ def _numbers(part) -> dict[str, object]:
                  dict(value) if isinstance(value, Mapping) else value
              for number, group in enumerate(groups) for key, value in group.items()
              if key != "params" and _is_plain(value)}  # fmt: skip
-    factors = getattr(getattr(part, "scheduler", part), "lr_lambdas", ())
-    hooks = getattr(part, "_optimizer_step_post_hooks", {}).values()
     # under names that the state has not, which an older file may hold without the functions
-    more = {"factors": list(map(_described, factors)), "step hooks": list(map(_described, hooks))}
-    return found | {key: words for key, words in more.items() if words}
+    if factors := list(map(_described, _factors(part))):
+        found["factors"] = factors
+    if (hooks := getattr(part, "_optimizer_step_post_hooks", None)) is not None:
+        found["step hooks"] = list(map(_described, hooks.values()))
+    return found
+
+
+def _factors(scheduler) -> list[Callable]:
+    """Return the functions of a scheduler, and of those that it consists of."""
+    parts = getattr(scheduler, "_schedulers", ())
+    own = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", ())
+    return [*own, *itertools.chain(*map(_factors, parts))]
 
 
 # For each thing and each way to describe it, three descriptions: as the first run found it, as the

@@ -23,7 +23,11 @@ LARGEST_SEED = 2**32 - 1  # NumPy's; torch takes more
 Results = Annotated[
     Path | None, typer.Option(help="Folder of the records (default: BNNBOOK_RESULTS).")
 ]
-Runs = Annotated[Path, typer.Option(help="Folder for the checkpoints of unfinished runs.")]
+Runs = Annotated[
+    Path,
+    typer.Option(callback=lambda path: path.expanduser(),
+                 help="Folder for the checkpoints of unfinished runs."),
+]  # fmt: skip
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[
     str | None,
@@ -105,6 +109,10 @@ def run(
     _check_known("scale", [scale], recipes)
     if scale == "small" and results is None and not os.environ.get("BNNBOOK_RESULTS"):
         results = runs  # the package's own folder is for full-scale records, which chapters read
+    if epochs is not None and epochs > (whole := recipes[scale].epochs):
+        raise ValueError(f"--epochs shortens a recipe: that of {experiment} has {whole}")
+    if not recording.is_shorter(experiment, scale, epochs):
+        epochs = None
     for number in seed or [0]:
         for name in variant or variants:
             job = recording.Job(experiment, name, number, scale, epochs)
@@ -152,14 +160,17 @@ def record(
     Unfinished runs keep a checkpoint in the folder of --runs, and the same command continues them
     to the same numbers. A run that several experiments share is made once, and its record copied.
     A run that fails does not stop the others.
+    Small-scale records go to the folder of --runs, unless --results, --out or BNNBOOK_RESULTS
+    names one.
     """
     from bnnbook import recording, records
 
     _use_data(data)
     _use_precision(precision)
     if take is not None:
-        if show or out is not None:
-            raise ValueError("--import does nothing else: leave out --list and --out")
+        if show or out is not None or only or seed or epochs is not None:
+            raise ValueError("--import takes a whole folder and does nothing else: leave out "
+                             "--list, --out, --only, --seed and --epochs")  # fmt: skip
         typer.echo("\n".join(recording.merge(take, results)))
         return
     if scale == "small" and (out or results) is None and not os.environ.get("BNNBOOK_RESULTS"):

@@ -12,6 +12,7 @@ argument ``root``, else the environment variable ``BNNBOOK_DATA``, else ``~/.cac
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import socket
 import tempfile
@@ -779,16 +780,23 @@ def contrast_normalize(images: Tensor, scale: float = 55.0, epsilon: float = 1e-
     the mean :math:`\bar x` and the norm over all its channels and pixels; s = ``scale``, 55 as in
     BinaryConnect. An image with :math:`\lVert x - \bar x \rVert_2 / s` below ``epsilon`` (its
     pixels are all alike) is not divided. uint8 (N, C, H, W) becomes float32; floating point keeps
-    its dtype.
+    its dtype. Raises ValueError unless ``scale`` is positive and finite.
 
     >>> contrast_normalize(torch.tensor([[[[3, 11]]]], dtype=torch.uint8), scale=2 ** 0.5)
     tensor([[[[-1.,  1.]]]])
     """
+    _check_positive(scale=scale)
     dtype = images.dtype if images.is_floating_point() else torch.float32
     images = images.to(torch.promote_types(dtype, torch.float32))  # float16 would overflow
     centred = images - images.mean((1, 2, 3), keepdim=True)
     divisor = centred.square().sum((1, 2, 3), keepdim=True).sqrt() / scale
     return (centred / divisor.where(divisor >= epsilon, 1)).to(dtype)
+
+
+def _check_positive(**numbers: float) -> None:
+    for argument, number in numbers.items():
+        if not 0 < number < math.inf:  # true of NaN, too
+            raise ValueError(f"{argument} must be positive and finite, not {number!r}")
 
 
 def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
@@ -807,9 +815,11 @@ def zca_whiten(dataset: Dataset, scale: float = 55.0, bias: float = 0.1,
     on the CPU: most of a minute on two cores for CIFAR-10. From `SLOW_TO_WHITEN` values per image
     on, m and the matrix are therefore cached in a file under ``root`` (as in `load`), where the
     next call with the same images and settings on the same kind of machine finds exactly the same
-    numbers; a damaged file is replaced. The preprocessing raises ValueError for images of another
-    shape.
+    numbers; a damaged file is replaced. Raises ValueError unless ``scale`` and ``bias`` are
+    positive and finite: without a bias the covariance is singular, as each image has a mean of 0.
+    The preprocessing raises ValueError for images of another shape.
     """
+    _check_positive(scale=scale, bias=bias)
     parts = [dataset.train_images]
     if with_validation and dataset.validation_images is not None:
         parts.append(dataset.validation_images)
@@ -900,7 +910,15 @@ def _contrast_statistics(parts: list[Tensor], scale: float) -> tuple[Tensor, Ten
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and population standard deviation (C,) of each channel, of pixels in [0, 1]."""
+    """Return mean and population standard deviation (C,) of each channel of images in [0, 1].
+
+    images: uint8 (N, C, H, W), which stand for x/255. Raises ValueError for another dtype.
+
+    >>> channel_statistics(torch.tensor([[[[0, 51]]]], dtype=torch.uint8))
+    (tensor([0.1000], dtype=torch.float64), tensor([0.1000], dtype=torch.float64))
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, from 0 to 255, not {images.dtype}")
     count = images.numel() // images.shape[1]
     total = square = 0
     for part in _chunks(images):

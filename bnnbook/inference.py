@@ -7,7 +7,7 @@ the trained one does; the other names are its pieces.
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -71,12 +71,14 @@ def pack(x: Tensor) -> Tensor:
 def unpack(words: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the n signs in words of shape (..., ceil(n / 64)), as ±1 of shape (..., n).
 
-    Raises ValueError if n signs take another number of words.
+    Raises ValueError if n signs take another number of words, and for a ``dtype`` without -1.
 
     >>> unpack(torch.tensor([21]), 5)
     tensor([ 1., -1.,  1., -1.,  1.])
     """
     _check_words(words, n)
+    if not dtype.is_signed:
+        raise ValueError(f"{dtype} has no -1: choose a signed type, such as torch.int8")
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
     bits = (words.contiguous().view(torch.uint8)[..., None] >> places) & 1
     return 2 * bits.flatten(-2)[..., :n].to(dtype) - 1
@@ -103,7 +105,7 @@ def xnor_product(a: Tensor, b: Tensor, n: int, valid: Tensor | None = None) -> T
     a: words of shape (..., ceil(n / 64)), as `pack` returns them.
     b: words of shape (rows, ceil(n / 64)).
     valid: words that broadcast to the shape of a. With bit 0 an element of a counts as 0, as on a
-    zero-padded border.
+    zero-padded border; bits beyond n have no effect.
 
     The result, int64 of shape (..., rows), is what the ±1 behind the words give,
     :math:`\sum_i a_i b_i`: a product is -1 where the signs differ, else +1. With v = ``valid`` it
@@ -122,13 +124,20 @@ def xnor_product(a: Tensor, b: Tensor, n: int, valid: Tensor | None = None) -> T
     if b.dim() != 2:
         raise ValueError(f"b must be (rows, words), not {tuple(b.shape)}")
     rows = a.reshape(-1, a.shape[-1])
-    masks = None if valid is None else valid.expand_as(a).reshape(rows.shape)
+    masks = None if valid is None else _up_to(n, valid).expand_as(a).reshape(rows.shape)
     block = GPU_BLOCK if b.is_cuda else BLOCK
     step = max(1, block // max(1, b.numel()))
     parts = [_products(rows[i : i + step], b, n, None if masks is None else masks[i : i + step])
              for i in range(0, len(rows), step)]  # fmt: skip
     products = torch.cat(parts) if parts else rows.new_empty(0, len(b))
     return products.reshape(*a.shape[:-1], len(b))
+
+
+def _up_to(n: int, valid: Tensor) -> Tensor:
+    """Return the words with 0 in the bits beyond n."""
+    if valid.dtype != torch.int64:
+        raise TypeError(f"packed words are int64, not {valid.dtype}")
+    return valid & pack(torch.ones(n, dtype=torch.bool, device=valid.device))
 
 
 def _products(a: Tensor, b: Tensor, n: int, valid: Tensor | None) -> Tensor:
@@ -162,6 +171,8 @@ class Packed(nn.Module):
     k is an integer. Without scale and bias, y is therefore exactly what the float layer returns
     while its n products are added up in a type in which that sum is exact: below
     :math:`2^{24}` in float32. With a scale, the float layer rounds in every addition, and y once.
+    Scales that are all 1 are left out, unless the quantizer is a module with a state: loading that
+    may change them.
 
     ``binary_input`` says whether the layer multiplies bits: only if its ``input_quantizer`` is a
     sign, of the library or a function that gives the same on a grid of numbers. Any other input is
@@ -207,8 +218,9 @@ class Packed(nn.Module):
 
 
 def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
-    """Return a layer's binary weights, and its channels' scales unless they are all 1."""
-    draws = function_of(layer.weight_quantizer) is stochastic_sign
+    """Return a layer's binary weights, and its channels' scales unless they stay 1."""
+    quantizer = function_of(layer.weight_quantizer)
+    draws = quantizer is stochastic_sign
     with _undrawn(layer.weight):
         weight = layer.weight if draws else layer.binary_weight().detach()
         draws = draws or not weight.equal(layer.binary_weight())
@@ -221,16 +233,19 @@ def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
         raise ValueError("the weight quantizer gives one output channel weights of several "
                          "magnitudes; only signs, and one scale a channel, can be packed"
                          )  # fmt: skip
-    return weight, None if (scale == 1).all() else scale
+    return weight, None if (scale == 1).all() and not _has_state(quantizer) else scale
+
+
+def _has_state(quantizer: Callable | None) -> bool:
+    """Return whether a quantizer may become another function when a state_dict is loaded."""
+    return isinstance(quantizer, nn.Module) and bool(quantizer.state_dict())
 
 
 def _is_sign(quantizer: Callable | None, weight: Tensor) -> bool:
     """Return whether a quantizer of inputs is the sign; weight: gives the dtype and the device."""
     if function_of(quantizer) in SIGNS:
         return True
-    # one with a state may become another function when that is loaded
-    stateful = isinstance(quantizer, nn.Module) and quantizer.state_dict()
-    if quantizer is None or stateful or function_of(quantizer) is stochastic_sign:
+    if quantizer is None or _has_state(quantizer) or function_of(quantizer) is stochastic_sign:
         return False
     ends = torch.finfo(weight.dtype)
     extremes = weight.new_tensor([0.0, -0.0, ends.tiny, -ends.tiny, ends.max, ends.min])
@@ -364,6 +379,7 @@ class PackedExpertConv2d(nn.Module):
 def _expert(layer: ExpertBinaryConv2d, number: int) -> BinaryConv2d:
     """Return one expert of a layer as a convolution of its own."""
     options = {name: getattr(layer, name) for name in (*GEOMETRY, "padding_value", *QUANTIZED)}
+    options["device"] = "meta"  # neither memory nor draws
     one = BinaryConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
     one.weight, one.bias = nn.Parameter(layer.weight[number].detach()), layer.bias
     return one
@@ -457,15 +473,17 @@ def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
     stand before it. It does not behind a linear layer with a scale or a bias, whose inputs may
     have more than two dimensions, behind a layer that is used more than once, and where a layer
     with a scale or a bias has another dtype than the normalisation. All other modules stay as they
-    are, among them modules with hooks, binary layers of other classes and those that `Packed`
-    refuses: `real_layers` names what still holds real numbers. A Sequential must be called as a
-    whole: a model that calls slices of it gets thresholds for some and not for other parts.
+    are, among them modules with hooks or a forward of their own, subclasses of binary layers and
+    of normalisations, and layers that `Packed` refuses: `real_layers` names what still holds real
+    numbers. A Sequential must be called as a whole: a model that calls slices of it gets
+    thresholds for some and not for other parts.
 
     multiply: "bits" compares words; "floats" multiplies signs as before, unpacked each time, which
     stores the same bytes and is many times faster where torch has fast convolutions.
 
     To load a saved ``state_dict``, pack a new network of the same constructor and load it there;
-    ``multiply`` is that of the new one. Raises ValueError for an unknown ``multiply``.
+    ``multiply`` is that of the new one. A scale that a weight quantizer learns must be in its
+    state, as a parameter or a buffer. Raises ValueError for an unknown ``multiply``.
 
     >>> from bnnbook.models import binarynet
     >>> net = binarynet(widths=(8,), hidden=(16,), in_channels=1, image_size=8).eval()
@@ -481,7 +499,7 @@ def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
     modules = list(holder.modules())
     shared = _shared(modules)
     for parent in modules:
-        if type(parent).forward is nn.Sequential.forward:
+        if type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent):
             _fold(parent, shared)
     for module in holder.modules() if multiply == "floats" else ():
         if isinstance(module, Packed):
@@ -491,19 +509,30 @@ def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
 
 def _shared(modules: list[nn.Module]) -> set[int]:
     """Return the ids of the parts that stand in more than one place of these modules."""
-    places = Counter(id(part) for module in modules for part in module._modules.values())
+    places = Counter(id(part) for module in modules for part in _held(vars(module)))
     return {key for key, count in places.items() if count > 1}
+
+
+def _held(value, depth: int = 4) -> Iterator[nn.Module]:
+    """Yield the modules in a value, as deep in lists and dicts as `replace_parts` looks."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _held(part, depth - 1)
 
 
 def _packed_if_possible(layer: BinaryLayer) -> nn.Module:
     try:
-        return layer if _is_hooked(layer) else PACKED[type(layer)](layer).eval()
+        return PACKED[type(layer)](layer).eval() if _is_plain(layer) else layer
     except ValueError:
         return layer
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module computes what its class does: no hooks, no forward of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
 
 
 def _fold(sequence: nn.Sequential, shared: set[int]) -> None:
@@ -533,13 +562,15 @@ def _can_give_up_reals(layer: Packed, norm: nn.Module, shared: set[int]) -> bool
 
 
 def _next(layers: list[nn.Module], passing: tuple) -> nn.Module | None:
-    """Return the first layer that is not one of the passing kinds."""
-    return next((layer for layer in layers if not isinstance(layer, passing)), None)
+    """Return the first layer that is not exactly one of the passing kinds."""
+    # a subclass may compute something else
+    stops = (layer for layer in layers if type(layer) not in passing or not _is_plain(layer))
+    return next(stops, None)
 
 
 def _is_fixed(norm: nn.Module) -> bool:
     """Return whether this is batch normalisation with statistics of its own."""
-    return isinstance(norm, NORMS) and norm.running_mean is not None and not _is_hooked(norm)
+    return type(norm) in NORMS and norm.running_mean is not None and _is_plain(norm)
 
 
 def _multiplies_bits(layer: nn.Module | None) -> bool:

@@ -99,20 +99,26 @@ def all_jobs(scale: str = "full", only: Sequence[str] = (), seeds: Sequence[int]
 
     The first seed of everything comes before the second of anything; within a seed the order is
     that of `bnnbook.experiments.PRIORITY`. A paper's name in ``only``, such as "quist2023", stands
-    for all its experiments. Raises ValueError for an unknown scale, for fewer epochs than one, and
-    for a name in ``only`` that is unknown or has no experiment of this scale.
+    for all its experiments. ``epochs`` shortens the recipes that have more. Raises ValueError for
+    an unknown scale, for fewer epochs than one, and for a name in ``only`` that is unknown or has
+    no experiment of this scale.
     """
     if scale not in records.SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(records.SCALES)}")
     chosen = {each for name in only for each in _meant_by(name, scale)}
     named = [n for n in experiments.PRIORITY if not only or n in chosen]
     return [
-        Job(name, variant, seed, scale, epochs)
+        Job(name, variant, seed, scale, epochs if is_shorter(name, scale, epochs) else None)
         for seed in seeds
         for name in named
         if scale in experiments.find(name).recipes
         for variant in experiments.find(name).variants
     ]
+
+
+def is_shorter(experiment: str, scale: str, epochs: int | None) -> bool:
+    """Return whether this number of epochs, if there is one, shortens the experiment's recipe."""
+    return epochs is not None and epochs < experiments.find(experiment).recipes[scale].epochs
 
 
 def _meant_by(name: str, scale: str) -> list[str]:

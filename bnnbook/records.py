@@ -206,9 +206,12 @@ def encode_array(array) -> dict[str, Any]:
     """
     import numpy as np
 
-    array = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
-    if array.dtype.name not in DTYPES:
-        raise ValueError(f"array of {array.dtype}: convert it to {' or '.join(DTYPES)} first")
+    kind = str(getattr(array, "dtype", "")).removeprefix("torch.")  # NumPy has no bfloat16
+    if kind != "bfloat16":
+        array = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
+        kind = array.dtype.name
+    if kind not in DTYPES:
+        raise ValueError(f"array of {kind}: convert it to {' or '.join(DTYPES)} first")
     if not np.isfinite(array).all():
         raise ValueError("the array holds values that are not finite")
     data = array.astype(DTYPES[array.dtype.name]).tobytes()
@@ -318,7 +321,9 @@ def _plain(value: Any, key: str) -> Any:
     if not isinstance(value, (str, bool, int, float, type(None))):
         if getattr(value, "ndim", None) != 0:
             raise ValueError(f"{key}: a {type(value).__name__} is not a JSON value")
-        value = value.item()  # a NumPy or torch scalar
+        kind, value = type(value).__name__, value.item()  # a NumPy or torch scalar
+        if not isinstance(value, (str, bool, int, float)):
+            raise ValueError(f"{key}: a {kind} is not a JSON value")
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{key} is {value}: a record holds finite numbers only")
@@ -328,6 +333,9 @@ def _plain(value: Any, key: str) -> Any:
 
 def _columns(history: list[dict[str, Any]]) -> dict[str, list]:
     """Turn rows into columns, which take a third of the space; a missing value becomes null."""
+    wrong = [i for i, row in enumerate(history) if not isinstance(row, dict)]
+    if wrong:
+        raise ValueError(f"history[{wrong[0]}] is no dict, a row by its columns' names")
     rows = [_plain(row, f"history[{i}]") for i, row in enumerate(history)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [_six_digits(row.get(name)) for row in rows] for name in names}
@@ -361,11 +369,17 @@ def read(path: str | os.PathLike) -> Record:
     return record
 
 
-def _move_aside(path: Path) -> str:
+def unused_name(path: Path) -> Path:
+    """Return NAME.corrupt, or with a number if there is such a file, for a damaged file."""
     aside, n = path.with_name(f"{path.name}.corrupt"), 1
     while aside.exists():
         n += 1
         aside = path.with_name(f"{path.name}.corrupt-{n}")
+    return aside
+
+
+def _move_aside(path: Path) -> str:
+    aside = unused_name(path)
     try:
         path.rename(aside)
     except OSError as error:

@@ -171,7 +171,7 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Return the fraction of rows whose largest output is that of the label.
 
     Raises ValueError for outputs of another shape than (N, classes), or of fewer than two classes,
-    for labels of another shape than (N,), and for N = 0.
+    for labels of another shape than (N,), and for N = 0. A row with a NaN is no hit.
 
     >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
     0.5
@@ -189,7 +189,8 @@ def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
             f"labels are one number per row, of shape ({len(outputs)},) for outputs of shape "
             f"{tuple(outputs.shape)}; these are {tuple(labels.shape)}"
         )
-    return (outputs.argmax(1) == labels).sum()
+    largest, index = outputs.max(1)
+    return ((index == labels) & ~largest.isnan()).sum()  # torch takes NaN for the largest
 
 
 def _check_outputs(outputs: Tensor, classes: int) -> None:
@@ -218,8 +219,9 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     with other weights (real ones after stochastic training, say) needs new ones. In this pass only
     the batch norms are in training mode, so dropout stays off. Autocast is off, too.
 
-    images, preprocess, batch_size: as in `predict`. Raises ValueError, before any statistics are
-    lost, if there are no images, or for floating-point ones as `predict` does.
+    images, preprocess, batch_size: as in `predict`. Raises ValueError if there are no images, or
+    for floating-point ones as `predict` does. After an error, such as torch's for a batch of one,
+    the statistics are what they were.
     """
     _check_uint8(images, preprocess)
     if not len(images) or batch_size < 1:
@@ -227,6 +229,7 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
     device = _device_of(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     with _evaluation_mode(model), _autocast(device, enabled=False):
         for norm in norms:
             norm.reset_running_stats()
@@ -236,6 +239,10 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, preprocess: Callab
             # parts of equal size (but for one image), because each counts the same
             for part in images.tensor_split(-(-len(images) // batch_size)):
                 model(preprocess(part.to(device, copy=True)))
+        except BaseException:
+            for norm, state in zip(norms, before, strict=True):
+                norm.load_state_dict(state)
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -277,7 +284,8 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     schedulers: one torch scheduler or several; each steps once per epoch, without a metric.
     probes: one or several, see `bnnbook.probes`.
     test_model: a function of the model that returns the network to evaluate; by default the model.
-    evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
+    evaluate_every: epochs from one evaluation to the next; the last of ``epochs`` is always
+    evaluated (one after which ``stop`` ends the run need not be).
     stop: a function of the rows so far, called after each epoch; the run ends where it returns
     True. It should depend on the rows alone, so that a resumed run ends at the same epoch. With
     an ``evaluate_every`` above 1, the rows between two evaluations have no accuracies.
@@ -296,12 +304,15 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
     output of the model is still kept with its autograd graph (a warning says so), and where the
     environment has BNNBOOK_GRAPHS=0.
     checkpoint: a file. If it exists, the run continues from it and gives exactly the same numbers,
-    provided that all randomness comes from torch's global generators and that, on CUDA, no
-    layer's backward pass adds in varying order, as that of overlapping max-pooling does. The file
-    is written every ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on
-    Ctrl-C or SIGTERM after the step in progress. A file of other data, another network or other
-    settings is refused; functions, quantizers, layers and schedules are compared by name and by
-    the values they were made with, not by their code, and probes by their classes only.
+    provided that all randomness comes from torch's global generators, that whatever changes is in
+    the state_dict of the model, the loss, an optimizer, a scheduler or a probe (a moving average
+    of the weights can be a probe), and that, on CUDA, no layer's backward pass adds in varying
+    order, as that of overlapping max-pooling does. The file is written every
+    ``checkpoint_minutes`` (by default `CHECKPOINT_MINUTES`), at the end, and on Ctrl-C or SIGTERM
+    after the step in progress. A file of other data, another network or other settings is refused;
+    functions, quantizers, layers and schedules are compared by name and by the values they were
+    made with (a layer by those that it keeps under their arguments' names), not by their code, and
+    probes by their classes only.
     progress: show a progress bar; by default only on a terminal and on Colab.
 
     Raises NonFiniteLossError if the loss becomes infinite or NaN; after the first step and after
@@ -318,7 +329,7 @@ def train(model: nn.Module, data: Dataset, optimizers, *, epochs: int, batch_siz
         batch_size=batch_size, loss=loss, augment=augment, preprocess=preprocess,
         schedulers=_as_tuple(schedulers), probes=_as_tuple(probes), test_model=test_model,
         evaluate_every=evaluate_every, stop=stop, seed=seed, device=device, autocast=autocast,
-        compile=compile, graph=graph, checkpoint=checkpoint and Path(checkpoint),
+        compile=compile, graph=graph, checkpoint=checkpoint and Path(checkpoint).expanduser(),
         checkpoint_minutes=checkpoint_minutes,
     )  # fmt: skip
     with _reproducible(run.device, run.seed), _stop_signals(run), _bar(run, progress) as bar:
@@ -372,10 +383,16 @@ def train_step(run: "_Run", index: Tensor) -> None:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """Return the permutation of ``n`` training images for ``seed`` and ``epoch``: always the same.
 
+    Seeds and epochs that differ have permutations of their own.
+
     >>> torch.equal(epoch_order(9, seed=1, epoch=4), epoch_order(9, seed=1, epoch=4))
     True
     """
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    number = (seed << 20) + epoch
+    if not 0 <= number < 2**32:  # of which torch's generator would leave out the higher bits
+        digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+        number = int.from_bytes(digest[:4], "little")
+    generator = torch.Generator().manual_seed(number)
     return torch.randperm(n, generator=generator, device="cpu")
 
 
@@ -456,7 +473,7 @@ class _Run:
         self.replay, self.sampling_probes, self.begun, self.signal = None, [], False, None
         self.settings = {}
         if self.checkpoint:
-            self.settings = checkpoints.settings(**self.configuration()) | _sums(self.data)
+            self.settings = checkpoints.settings(**self.configuration()) | self.measured()
 
     def check(self) -> None:
         """Raise an error for arguments that the run could not use."""
@@ -465,6 +482,10 @@ class _Run:
         _checks.check_device(self.model, self.device)
         _checks.check_optimizers(self.optimizers, self.model, self.loss)
         _checks.check_steps((*self.optimizers, *self.schedulers))
+        _checks.check_schedulers(self.schedulers, self.optimizers)
+        if not self.checkpoint_minutes >= 0:
+            raise ValueError(f"checkpoint_minutes must be a number from 0 on, not "
+                             f"{self.checkpoint_minutes}")  # fmt: skip
 
     def begin(self) -> None:
         """Let the probes begin to look at the model, and read the checkpoint if there is one."""
@@ -659,6 +680,13 @@ class _Run:
             "device type": self.device.type,
         }
 
+    def measured(self) -> dict[str, object]:
+        """Return what sets the columns of the history, which a file need not have noted."""
+        tested = {name: getattr(self.data, f"{name}_labels") for name in ("validation", "test")}
+        found = {f"{name} labels": hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest()
+                 for name, labels in tested.items() if labels is not None}  # fmt: skip
+        return {**_sums(self.data), **found, "evaluate_every": self.evaluate_every}
+
     def configuration(self) -> dict:
         """Return the arguments of `checkpoints.settings` that describe this run."""
         functions = {name: getattr(self, name) for name in FUNCTIONS}
@@ -673,6 +701,7 @@ class _Run:
             "schedulers": self.schedulers,
             "probes": self.probes,
             "scaler": [self.scaler],
+            "loss": [self.loss] if isinstance(self.loss, nn.Module) else [],
         }
 
     def save(self) -> None:
@@ -712,7 +741,8 @@ class _Run:
         # only the names that both have, because another torch may have more settings
         checkpoints.compare(self.checkpoint, here, there)
         for name, parts in self.parts().items():
-            for part, saved in zip(parts, state[name], strict=True):
+            # a file of an earlier version has no state of the loss
+            for part, saved in zip(parts, state.get(name, ()), strict=name in state):
                 part.load_state_dict(saved)
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.losses.copy_(state["losses"])

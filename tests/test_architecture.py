@@ -18,8 +18,8 @@ ONLY_IN = {"typer": {"cli"}}
 ONLY_INSIDE_FUNCTIONS = {"IPython", "torchvision", "sklearn", "pandas"}
 # A module imports only what stands before it; `source` imports nothing of the library.
 ORDER = ("binarize", "layers", "models", "inference", "filters", "optim", "data", "probes",
-         "_checks",
-         "graphs", "checkpoints", "training", "records", "experiments", "recording", "claims",
+         "_checks", "records",
+         "graphs", "checkpoints", "training", "experiments", "recording", "claims",
          "plots", "source", "cli", "__main__")  # fmt: skip
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

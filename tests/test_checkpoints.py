@@ -1,7 +1,9 @@
 """A run in a file: whole or named as damaged, and continued by no other run."""
 
 import dataclasses
+import io
 import os
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import MultiStepLR, SequentialLR
 from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
 
 from bnnbook import checkpoints, data, optim, probes, training
@@ -19,19 +21,50 @@ from bnnbook.checkpoints import CheckpointError
 from bnnbook.layers import BinaryLinear
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def with_a_bit_turned(content: bytes) -> bytes:
+    """Change the middle of the largest part, a tensor's numbers, which torch would load."""
+    parts = zipfile.ZipFile(io.BytesIO(content)).infolist()
+    largest = max(parts, key=lambda part: part.file_size)
+    place = largest.header_offset + largest.file_size
+    return content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-400],
+    lambda content: content[:3],
+    lambda content: b"",
+    lambda content: bytes(len(content)),
+    with_a_bit_turned,
+])  # fmt: skip
 def test_a_damaged_checkpoint_is_named_and_moved_aside(tmp_path, damage):
     path = tmp_path / "run.pt"
     run(1, checkpoint=path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-400])
-    else:
-        path.write_bytes(b"" if damage == "empty" else b"not a checkpoint")
+    path.write_bytes(damage(path.read_bytes()))
     kept = path.read_bytes()
     with pytest.raises(CheckpointError, match=r"run\.pt.*moved to run\.pt\.corrupt"):
         run(2, checkpoint=path)
     assert not path.exists()
     assert (tmp_path / "run.pt.corrupt").read_bytes() == kept
+
+
+def test_a_second_damaged_checkpoint_does_not_replace_the_first(tmp_path):
+    path = tmp_path / "run.pt"
+    for content in (b"", b"PK"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            run(1, checkpoint=path)
+    assert (tmp_path / "run.pt.corrupt").read_bytes() == b""
+    assert (tmp_path / "run.pt.corrupt-2").read_bytes() == b"PK"
+
+
+@pytest.mark.parametrize("content", [b"print('precious')", b"\x80\x02\x8a\nl\xfc"])
+def test_a_file_that_torch_never_wrote_is_left_alone(tmp_path, content):
+    path = tmp_path / "program.py"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"of another kind .* name another file"):
+        run(1, checkpoint=path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"weight": torch.ones(3)}, np.ones(3)])
@@ -206,7 +239,13 @@ class Scaled(nn.Flatten):
         return self.factor * super().forward(x)
 
 
-def made_run(path, quantizer=ste_sign, first=None, falls=1.0, bound=None, offset=None):
+def in_sequence(scheduler):
+    """Return a schedule of which another is a part."""
+    return SequentialLR(scheduler.optimizer, [scheduler], [])
+
+
+def made_run(path, quantizer=ste_sign, first=None, falls=1.0, bound=None, offset=None,
+             within=lambda scheduler: scheduler):  # fmt: skip
     """Train one epoch; each argument is something that only its maker knows."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -218,8 +257,9 @@ def made_run(path, quantizer=ste_sign, first=None, falls=1.0, bound=None, offset
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: falls**epoch)
     offset = np.zeros(1, dtype=np.float32) if offset is None else offset
     return training.train(
-        model, dataset(), adam, epochs=1, batch_size=10, schedulers=scheduler, device="cpu",
-        preprocess=lambda images: images / 255 + torch.from_numpy(offset), checkpoint=path,
+        model, dataset(), adam, epochs=1, batch_size=10, schedulers=within(scheduler),
+        device="cpu", preprocess=lambda images: images / 255 + torch.from_numpy(offset),
+        checkpoint=path,
     )  # fmt: skip
 
 
@@ -228,7 +268,11 @@ def made_run(path, quantizer=ste_sign, first=None, falls=1.0, bound=None, offset
     ({"quantizer": Passing.apply}, {"quantizer": Stopping.apply}, ""),
     ({"first": Scaled(1.0)}, {"first": Scaled(2.0)}, "factor of 0"),
     ({"falls": 0.5}, {"falls": 0.1}, "factors of LambdaLR"),
+    ({"falls": 0.5, "within": in_sequence}, {"falls": 0.1, "within": in_sequence},
+     "factors of SequentialLR"),
     ({"bound": 1.0}, {"bound": 0.5}, "step hooks of Adam"),
+    ({"bound": 1.0}, {}, "step hooks of Adam"),
+    ({}, {"bound": 1.0}, "step hooks of Adam"),
     ({"offset": np.zeros(1, np.float32)}, {"offset": np.ones(1, np.float32)},
      "setting of preprocess"),
 ])  # fmt: skip
@@ -534,3 +578,61 @@ def test_a_scheduler_that_notes_no_first_rate_is_continued(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "run.pt", [StopAfter(12)])
     assert_same(once(tmp_path / "run.pt", [StopAfter(0)]), whole)
+
+
+class ScaledLoss(nn.Module):
+    """A loss that learns a number and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs, labels):
+        self.calls += 1
+        return cross_entropy(self.scale * outputs, labels)
+
+
+def test_a_loss_that_learns_goes_on_from_where_it_was(tmp_path):
+    def learn(path=None, stop=()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), BinaryLinear(16, 3), nn.BatchNorm1d(3))
+        loss = ScaledLoss()
+        adam = torch.optim.Adam([*model.parameters(), *loss.parameters()], 0.01)
+        history = training.train(
+            model, dataset(), adam, epochs=3, batch_size=10, loss=loss, device="cpu",
+            probes=stop, checkpoint=path,
+        )  # fmt: skip
+        return without_time(history), loss.scale.item(), loss.calls.item()
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        learn(path, StopAfter(7))
+    assert learn(path, StopAfter(99)) == learn() == learn(path, StopAfter(99))
+
+
+def test_a_checkpoint_from_before_a_loss_was_kept_continues(tmp_path):
+    path = tmp_path / "run.pt"
+    whole = run(1, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state["loss"]
+    torch.save(state, path)
+    assert_same(run(1, checkpoint=path), whole)
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    ({"evaluate_every": 2}, "evaluate_every"),
+    ({"data": dataclasses.replace(dataset(), test_labels=1 - dataset().test_labels.clamp(0, 1))},
+     "test labels"),
+])  # fmt: skip
+def test_what_the_columns_depend_on_belongs_to_a_run(tmp_path, change, name):
+    path = tmp_path / "run.pt"
+    run(1, checkpoint=path)
+    with pytest.raises(CheckpointError, match=f"another run: its {name} is"):
+        run(1, checkpoint=path, **change)
+
+
+def test_the_home_folder_has_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(1, checkpoint="~/run.pt")
+    assert (tmp_path / "run.pt").exists()

@@ -717,7 +717,7 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys
         press_ctrl_c_at(5, patch)
         invoke(*command, code=130)
     (checkpoint,) = Path("runs").iterdir()
-    checkpoint.write_bytes(b"damaged")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
     code, _, err = call(monkeypatch, capsys, *command)
     assert code == 1
     assert str(checkpoint) in err.splitlines()[0]
@@ -725,3 +725,27 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside(tiny, monkeypatch, capsys
     assert not list(Path("results").iterdir())
     invoke(*command)
     assert len(json.loads(records.find(NAME, "clipped", 0, scale="small").read_text())) > 1
+
+
+def test_epochs_do_not_lengthen_a_recipe(tiny, monkeypatch, capsys):
+    command = ["run", NAME, "--variant", "clipped"]
+    code, _, err = call(monkeypatch, capsys, *command, "--epochs", 4)
+    assert code == 1
+    assert f"--epochs shortens a recipe: that of {NAME} has 3" in err
+    invoke(*command, "--epochs", 3)
+    assert records.read(records.find(NAME, "clipped", 0, scale="small")).shortened is None
+    assert "is there already" in invoke(*command).stdout
+
+
+@pytest.mark.parametrize("option", [("--only", NAME), ("--seed", 1), ("--epochs", 2)])
+def test_an_import_chooses_nothing(option, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "record", "--import", "there", *option)
+    assert code == 1
+    assert "--import takes a whole folder" in err
+
+
+def test_the_home_folder_of_unfinished_runs_has_its_short_name(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    invoke("run", NAME, "--variant", "clipped", "--runs", "~/runs")
+    assert (tmp_path / "home" / "runs").is_dir()
+    assert not Path("~").exists()

@@ -1230,6 +1230,12 @@ def test_a_constant_channel_cannot_be_standardized():
         data.standardize(d)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_channel_statistics_are_those_of_uint8_images_only(dtype):
+    with pytest.raises(ValueError, match=f"must be uint8, from 0 to 255, not {dtype}"):
+        data.channel_statistics(toy().train_images.to(dtype))
+
+
 def contrast_twin(images, scale=55.0, epsilon=1e-8):
     """Global contrast normalisation, one image after the other, in float64."""
     rows = []
@@ -1269,6 +1275,18 @@ def test_contrast_normalize_gives_each_image_mean_0_and_length_55():
     # of one colour, at CIFAR's size: no rounding is left over that would be blown up
     flat = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, 3, 32, 32)
     assert not data.contrast_normalize(flat).any()
+
+
+@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf")])
+def test_contrast_and_whitening_refuse_a_scale_or_a_bias_that_is_not_positive(number):
+    d = toy()
+    message = f"must be positive and finite, not {number}"
+    with pytest.raises(ValueError, match=f"scale {message}"):
+        data.contrast_normalize(d.train_images, scale=number)
+    with pytest.raises(ValueError, match=f"scale {message}"):
+        data.zca_whiten(d, scale=number)
+    with pytest.raises(ValueError, match=f"bias {message}"):
+        data.zca_whiten(d, bias=number)
 
 
 @pytest.mark.parametrize("device", DEVICES)

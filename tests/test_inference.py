@@ -86,6 +86,13 @@ def test_masked_elements_count_as_zero(n):
     assert xnor_product(pack(a), pack(b), n, pack(mask[0])).equal(expected.long())
 
 
+@pytest.mark.parametrize("n", [63, 64, 70])
+def test_bits_beyond_n_are_not_counted(n):
+    a, b = torch.randn(6, n), torch.randn(5, n)
+    everything = torch.tensor([-1])  # 64 bits, in each word
+    assert xnor_product(pack(a), pack(b), n, everything).equal(xnor_product(pack(a), pack(b), n))
+
+
 def test_products_in_blocks_are_those_at_once(monkeypatch):
     a, b, mask = torch.randn(37, 130), torch.randn(5, 130), torch.rand(37, 130) < 0.5
     whole = xnor_product(pack(a), pack(b), 130, pack(mask))
@@ -105,6 +112,10 @@ def test_products_in_blocks_are_those_at_once(monkeypatch):
     (lambda: xnor_product(pack(torch.ones(70)), pack(torch.ones(70)), 70), ValueError,
      "b must be"),
     (lambda: xnor_product(torch.ones(2, 2), pack(torch.ones(3, 70)), 70), TypeError, "int64"),
+    (lambda: xnor_product(*[pack(torch.ones(3, 70))] * 2, 70, torch.tensor([True])), TypeError,
+     "int64, not torch.bool"),
+    (lambda: unpack(torch.tensor([21]), 5, torch.uint8), ValueError, "torch.uint8 has no -1"),
+    (lambda: unpack(torch.tensor([21]), 5, torch.bool), ValueError, "torch.bool has no -1"),
 ])  # fmt: skip
 def test_wrong_words_are_refused(call, error, message):
     with pytest.raises(error, match=message):
@@ -338,7 +349,9 @@ def test_the_gate_chooses_among_packed_experts(options):
     nn.init.normal_(layer.gate.weight, std=5)
     x = torch.randn(30, 4, 6, 6)
     assert len(layer.selected(x).unique()) == 3
+    draws = torch.get_rng_state()
     packed = pack_network(layer)
+    assert torch.get_rng_state().equal(draws)
     assert packed(x).equal(layer(x))
     assert list(inference.real_layers(packed)) == ["gate"]
 
@@ -549,6 +562,88 @@ def test_what_has_hooks_stays(hooked):
     assert packed(x).equal(net(x))
 
 
+class Negated(nn.Identity):
+    def forward(self, x):
+        return -x
+
+
+class Shifted(nn.Identity):
+    def forward(self, x):
+        return x + 7
+
+
+class NegatedPool(nn.MaxPool2d):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class MagnitudeNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).abs() - 0.5
+
+
+def changed(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, inputs, output: -output)
+    return module
+
+
+def replaced(module: nn.Module) -> nn.Module:
+    module.forward = lambda x: x - 3
+    return module
+
+
+@pytest.mark.parametrize("between", [
+    [nn.BatchNorm2d(4), Shifted()], [nn.BatchNorm2d(4), changed(nn.Identity())],
+    [nn.BatchNorm2d(4), replaced(nn.Identity())],
+    [Negated(), nn.BatchNorm2d(4)], [NegatedPool(2), nn.BatchNorm2d(4)],
+    [changed(nn.MaxPool2d(2)), nn.BatchNorm2d(4)],
+    [MagnitudeNorm(4)], [replaced(nn.BatchNorm2d(4))],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_may_change_values_on_the_way_to_the_next_layer_stays(between, bias):
+    conv = partial(layers.BinaryConv2d, **BOTH)
+    net = nn.Sequential(conv(4, 4, 3, bias=bias), *between, conv(4, 4, 3))
+    if bias:
+        nn.init.normal_(net[0].bias, std=9)
+    net = settled(net, (4, 12, 12))
+    packed, x = pack_network(net), torch.randn(20, 4, 12, 12)
+    assert not has_thresholds(packed)
+    assert packed(x).equal(net(x))
+
+
+def test_a_forward_of_its_own_stays():
+    conv = partial(layers.BinaryConv2d, **BOTH)
+    net = settled(nn.Sequential(conv(4, 4, 3), nn.BatchNorm2d(4), conv(4, 4, 3)), (4, 9, 9))
+    last = net[2]
+    for module in (replaced(last), replaced(net)):
+        assert not has_thresholds(pack_network(net))
+        x = torch.randn(20, 4, 9, 9)
+        assert pack_network(net)(x).equal(net(x))
+        del module.forward
+
+
+@pytest.mark.parametrize("hold", [
+    lambda layer: [layer], lambda layer: (layer,), lambda layer: {"0": [layer]},
+])  # fmt: skip
+def test_a_layer_that_a_parent_holds_in_a_list_too_keeps_its_bias(hold):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            conv = partial(layers.BinaryConv2d, padding=1, **BOTH)
+            self.parts = nn.Sequential(conv(4, 4, 3, bias=True), nn.BatchNorm2d(4), conv(4, 4, 3))
+            nn.init.normal_(self.parts[0].bias, std=9)
+            self.held = hold(self.parts[0])
+
+        def forward(self, x):
+            held = self.held["0"] if isinstance(self.held, dict) else self.held
+            return self.parts(x) + held[0](x)
+
+    net = settled(Twice(), (4, 6, 6))
+    packed, x = pack_network(net), torch.randn(20, 4, 6, 6)
+    assert packed(x).equal(net(x))
+    assert type(packed.parts[0]) is inference.PackedConv2d
+
+
 def test_a_layer_that_is_used_twice_is_packed_once_and_keeps_its_scale():
     conv = layers.BinaryConv2d(4, 4, 3, padding=1, bias=True, **SCALED)
     net = settled(nn.Sequential(conv, nn.BatchNorm2d(4), conv), (4, 6, 6))
@@ -670,6 +765,31 @@ def test_a_packed_network_is_saved_and_loaded(form, tmp_path):
     assert sum(tensor.nbytes for tensor in state.values()) < 0.2 * sum(
         tensor.nbytes for tensor in net.state_dict().values()
     )
+
+
+class Scale(nn.Module):
+    """A weight quantizer whose learned scale, one for each channel, starts at 1."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1))
+
+    def forward(self, weight):
+        return self.scale * ste_sign(weight)
+
+
+def test_a_scale_that_starts_at_1_is_saved_and_loaded():
+    def network():
+        linear = partial(layers.BinaryLinear, input_quantizer=ste_sign)
+        return nn.Sequential(linear(64, 8, weight_quantizer=Scale(8)), nn.BatchNorm1d(8),
+                             linear(8, 3, weight_quantizer=Scale(3)))  # fmt: skip
+
+    net, x = settled(network(), (64,)), torch.randn(20, 64)
+    nn.init.normal_(net[0].weight_quantizer.scale)
+    again = pack_network(network())
+    again.load_state_dict(pack_network(net).state_dict())
+    assert again(x).equal(pack_network(net)(x))
+    torch.testing.assert_close(again(x), net(x))
 
 
 def test_a_network_trained_on_digits_gives_the_same_logits_for_every_image():

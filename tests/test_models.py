@@ -344,6 +344,12 @@ def test_the_four_layer_network(activation):
     assert stds == pytest.approx([1e-4, 0.01, 0.01, 0.01], rel=0.1)
 
 
+def test_other_constants_of_the_four_layer_network_may_be_none_at_all():
+    network, normal = on_meta(four_layer_cnn, lrn={}), on_meta(four_layer_cnn, lrn=True)
+    assert str(network) == str(normal)
+    assert "LocalResponseNorm" not in str(on_meta(four_layer_cnn))
+
+
 # --- How the networks are put together ---------------------------------------------------------
 
 
@@ -706,6 +712,8 @@ def test_unknown_kind_of_weight():
     (partial(BiRealBlock, 4, 4, shortcut="none"), "unknown shortcut 'none'"),
     (partial(reactnet_small, channels=(4, 6)), "a block makes 4 or 8 channels of 4, not 6"),
     (partial(expertnet, stem="7x7"), "unknown stem '7x7'; known: 3x3, light"),
+    *[(partial(expertnet, stem="light", width=width), f"even and at least 4, not {width}")
+      for width in (1, 2, 5)],
     (partial(expertnet, experts=0), "experts: positive integers, not 0"),
     (partial(expertnet, experts=2.0), "experts: positive integers, not 2.0"),
     (partial(expertnet, blocks=(1, 1)), "groups: 2 numbers, not 4"),
@@ -714,6 +722,7 @@ def test_unknown_kind_of_weight():
     (partial(parse_architecture, "12-2-4"), "groups: 2 numbers, not 1"),
     (partial(parse_architecture, "10-2-4:8"), "blocks: positive integers"),
     (partial(architecture_name, (1, 2), 0, (1, 1)), "expansion: positive integers"),
+    (partial(architecture_name, (10, 2), 1, (1, 1)), r"at most 9 in a stage, .* not \(10, 2\)"),
 ])  # fmt: skip
 def test_wrong_arguments(network, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):

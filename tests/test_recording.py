@@ -445,7 +445,7 @@ def test_a_shortened_record_gives_way_to_a_shared_one_of_the_whole_run(tmp_path)
 def test_a_run_that_fails_does_not_stop_the_others():
     jobs, said = [small("unclipped"), small()], []
     Path("runs").mkdir()
-    jobs[0].checkpoint(Path("runs")).write_text("damaged")
+    jobs[0].checkpoint(Path("runs")).write_text("")
     outcome = recording.work_through(jobs, seconds=300, say=said.append)
     assert outcome.done == jobs[1:]
     assert list(outcome.failed) == jobs[:1]
@@ -1076,3 +1076,9 @@ def test_a_shortened_run_of_two_steps_counts_as_recorded(tmp_path):
     assert recording.state(job, [tmp_path], tmp_path / "runs", "cpu").kind == "recorded"
     longer = recording.Job("liu2021.steps_short", "two-step-1x", 0, "small", epochs=4)
     assert recording.state(longer, [tmp_path], tmp_path / "runs", "cpu").kind == "shortened"
+
+
+def test_epochs_shorten_only_the_recipes_that_have_more():
+    lengths = {job.experiment: job.epochs for job in recording.all_jobs(epochs=9)}
+    assert lengths["quist2023.order"] == 9
+    assert lengths["beyond.alphas_short"] is None

@@ -592,3 +592,19 @@ def test_a_record_may_be_a_link_to_a_file_of_any_name(tmp_path):
     path.rename(tmp_path / "stored")
     path.symlink_to(tmp_path / "stored")
     assert records.read(path).variant == "sgd"
+
+
+@pytest.mark.parametrize("value", [np.complex64(1), np.datetime64("2026-01-01"), np.bytes_(b"x")])
+def test_scalars_that_json_lacks_are_named(value):
+    with pytest.raises(ValueError, match=r"key\.a: a .* is not a JSON value"):
+        records._plain({"a": value}, "key")
+
+
+def test_rows_are_dicts():
+    with pytest.raises(ValueError, match=r"history\[1\] is no dict"):
+        records._columns([{"epoch": 1}, 2])
+
+
+def test_an_array_of_another_type_is_refused_also_where_numpy_lacks_it():
+    with pytest.raises(ValueError, match="array of bfloat16: convert it"):
+        records.encode_array(torch.ones(2, dtype=torch.bfloat16))

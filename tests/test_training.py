@@ -913,3 +913,46 @@ def test_a_refused_run_leaves_no_hooks_behind(tmp_path):
             training.train(model, dataset(), optimizer, epochs=1, batch_size=10, device="cpu",
                            probes=[Unsaved()], checkpoint=tmp_path / "run.pt")  # fmt: skip
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("seed", [4096, 2**32 - 1, 2**63])
+def test_large_seeds_have_orders_of_their_own(seed):
+    orders = {tuple(training.epoch_order(50, seed + more, epoch).tolist())
+              for more in (0, -4096) for epoch in (0, 5)}  # fmt: skip
+    assert len(orders) == 4
+
+
+def test_the_orders_of_small_seeds_are_those_of_the_records():
+    generator = torch.Generator().manual_seed((3 << 20) + 7)
+    assert torch.equal(training.epoch_order(50, 3, 7), torch.randperm(50, generator=generator))
+
+
+def test_nan_hits_no_label():
+    outputs = torch.tensor([[torch.nan, 0.0], [2.0, torch.nan], [torch.inf, 0.0]])
+    assert training.accuracy(outputs, torch.tensor([0, 1, 0])) == 1 / 3
+
+
+def test_an_error_costs_no_statistics():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16))
+    images = dataset().test_images
+    training.reestimate_batchnorm(model, images)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        training.reestimate_batchnorm(model, images[:1])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("minutes", [-1, float("nan")])
+def test_minutes_between_checkpoints_are_a_number(minutes, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_minutes must be a number from 0 on"):
+        run(1, checkpoint=tmp_path / "run.pt", checkpoint_minutes=minutes)
+
+
+@pytest.mark.parametrize("view", [lambda made: made, lambda made: optim.rate_as_lr(made, "gamma")])
+def test_a_scheduler_needs_its_optimizer(view):
+    model, optimizers, _ = flip_setting()
+    other = optim.CascadedEMA([nn.Parameter(torch.ones(2))], 0.01, 0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(view(other), 0.5)
+    with pytest.raises(ValueError, match="ExponentialLR belongs to another CascadedEMA"):
+        run(1, (model, optimizers, scheduler))

@@ -182,7 +182,7 @@ def four_layer_cnn(num_classes: int = 10, *, activation: str = "relu",
         layers += [(f"conv{number}", nn.Conv2d(inputs, width, 5, padding=2)),
                    (f"{activation}{number}", ACTIVATIONS[activation]()),
                    (f"pool{number}", pool(3, 2, ceil_mode=True))]  # fmt: skip
-        if lrn and number < 3:
+        if number < 3 and (lrn or isinstance(lrn, Mapping)):  # a mapping may be empty
             constants = {} if lrn is True else lrn
             layers.append((f"norm{number}", LocalResponseNorm(**constants)))
     last = nn.Linear(64 * (image_size // 8) ** 2, num_classes)

@@ -123,11 +123,14 @@ class LightStem(nn.Module):
     A 3 x 3 convolution with stride 2 to half the width; then, side by side, max-pooling and a
     1 x 1 followed by a 3 x 3 convolution, both of which halve the map; last a 1 x 1 convolution
     over the two.
-    Input (N, in_channels, H, W), output (N, width, H / 4, W / 4).
+    Input (N, in_channels, H, W), output (N, width, H / 4, W / 4). Raises ValueError unless
+    ``width`` is even and at least 4.
     """
 
     def __init__(self, in_channels: int, width: int):
         super().__init__()
+        if width < 4 or width % 2:
+            raise ValueError(f"the light stem's width must be even and at least 4, not {width}")
         half, quarter = width // 2, width // 4
         self.first = _convolution(in_channels, half, 3, 2)
         self.branch = nn.Sequential(
@@ -225,10 +228,15 @@ def parse_architecture(name: str) -> dict:
 def architecture_name(blocks: Sequence[int], expansion: int, groups: Sequence[int]) -> str:
     """Return the paper's name of a network.
 
+    Raises ValueError for numbers that do not fit together and for more than 9 blocks in a stage,
+    which the name gives one digit.
+
     >>> architecture_name((1, 2, 6, 2), 2, (4, 8, 8, 16))
     '1262-2-4:8:8:16'
     """
     _check_architecture(blocks, expansion, groups)
+    if max(blocks) > 9:
+        raise ValueError(f"blocks: at most 9 in a stage, one digit of the name, not {blocks!r}")
     return f"{''.join(map(str, blocks))}-{expansion}-{':'.join(map(str, groups))}"
 
 
