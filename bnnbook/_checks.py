@@ -71,18 +71,18 @@ def check_steps(parts: Iterable) -> None:
                 )
 
 
-def check_schedulers(schedulers: Iterable, optimizers: Iterable) -> None:
-    """Raise ValueError for a scheduler of an optimizer that `train` was not given."""
-    known = {id(optimizer) for optimizer in optimizers}
+def check_schedulers(schedulers: Iterable, optimizers: Iterable, model: nn.Module) -> None:
+    """Raise ValueError for the scheduler of another optimizer of the model's parameters."""
+    known = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
+    ours = {id(parameter) for parameter in model.parameters()}
     for scheduler in schedulers:
-        owner = getattr(scheduler, "optimizer", None)
-        if not isinstance(owner, torch.optim.Optimizer):
-            continue  # of somebody's own making
-        owner = getattr(owner.param_groups[0], "optimizer", owner)  # made on optim.rate_as_lr
-        if id(owner) not in known:
+        views = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+        groups = [getattr(view, "group", view) for view in views]  # made on optim.rate_as_lr
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if not held.isdisjoint(ours) and known.isdisjoint(map(id, groups)):
             raise ValueError(
-                f"a {type(scheduler).__name__} belongs to another {type(owner).__name__}: pass "
-                "the optimizer that it was made with, too"
+                f"{type(scheduler).__name__} belongs to another optimizer than those of this run: "
+                "make it with one of them"
             )
 
 

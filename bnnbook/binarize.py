@@ -94,7 +94,7 @@ def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
 
     Forward :math:`q(x) = \operatorname{sign}(x)`. Backward :math:`\partial q/\partial x = 1` where
     :math:`|x| \le` ``clip_value`` (and where x is NaN), else 0; with ``clip_value=None`` it is 1
-    everywhere. Raises ValueError unless ``clip_value`` is a positive number or None.
+    everywhere. Raises ValueError unless ``clip_value`` is a positive number (no tensor) or None.
 
     BinaryConnect uses the plain identity (``None``) for its weights, which it clips to [-1, 1]:
     there the mask would change nothing. The mask matters for activations.
@@ -317,7 +317,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     >>> hard_sigmoid(torch.tensor([-3.0, 0.0, 0.5, 3.0]))
     tensor([0.0000, 0.5000, 0.7500, 1.0000])
     """
-    return (x.clamp(-1, 1) + 1) / 2  # clamped first: just beyond 1, x + 1 would round to 2
+    return ((x.clamp(max=1) + 1) / 2).clamp(min=0)  # just beyond 1, x + 1 would round to 2
 
 
 class _StochasticSign(torch.autograd.Function):

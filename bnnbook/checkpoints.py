@@ -40,27 +40,29 @@ def write(state: dict, path: Path) -> None:
     """Write ``state`` as a checkpoint; the old file stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    sums = torch.serialization.get_crc32_options()
     try:
+        torch.serialization.set_crc32_options(True)  # `read` compares them
         torch.save({"format": FORMAT, **_as_python(state)}, part)
         part.replace(path)
     finally:
+        torch.serialization.set_crc32_options(sums)
         part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict:
     """Return the contents of a checkpoint.
 
-    Raises CheckpointError for a damaged file, which is moved aside to NAME.corrupt, and for a file
-    of another kind or format, which stays where it is; and OSError for a file that cannot be
-    opened.
+    Raises CheckpointError for a file that is cut short, which is moved aside to NAME.corrupt, and
+    for one that has changed since, or is of another kind or format, which stays where it is; and
+    OSError for a file that cannot be opened.
     """
     content = path.read_bytes()
-    if _is_damaged(content):
-        aside = unused_name(path)
-        path.rename(aside)
+    changed = _changed_part(path, content)
+    if changed:
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: it is cut short, or has changed; it was moved to "
-            f"{aside.name}. Run again to start from the beginning"
+            f"{path} has changed since it was written: its part {changed} has another checksum. "
+            "Remove it to start anew"
         )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -78,14 +80,24 @@ def read(path: Path) -> dict:
     return state
 
 
-def _is_damaged(content: bytes) -> bool:
-    """Return whether a file of torch's is cut short or has changed, or holds nothing."""
-    if content.strip(b"\0") and not ZIP.startswith(content[: len(ZIP)]):
-        return False  # torch never wrote it
+def _changed_part(path: Path, content: bytes) -> str | None:
+    """Return the name of a part of torch's file whose checksum is wrong, or None.
+
+    Raises CheckpointError for a file that is cut short or empty, and moves it aside.
+    """
+    if not ZIP.startswith(content[: len(ZIP)]) and content.strip(b"\0"):
+        return None  # torch never wrote it
     try:  # torch itself compares no checksums
-        return zipfile.ZipFile(io.BytesIO(content)).testzip() is not None
-    except (*DAMAGE, zipfile.BadZipFile, zlib.error):
-        return True
+        return zipfile.ZipFile(io.BytesIO(content)).testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        aside = unused_name(path)
+        path.rename(aside)
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({error}); it was moved to {aside.name}. Run again "
+            "to start from the beginning"
+        ) from error
+    except (RuntimeError, NotImplementedError):  # encrypted, or packed in another way
+        return None
 
 
 def compare(path: Path, here: Mapping, there: Mapping) -> None:
@@ -120,6 +132,20 @@ def check_parts(parts: Iterable) -> None:
                 f"{type(part).__name__}.state_dict() holds more than tensors, numbers, strings "
                 f"and collections of them, which is all that a checkpoint can hold ({error})"
             ) from error
+
+
+def load_part(path: Path, part, saved: dict) -> None:
+    """Give a part of a run its saved state; raise CheckpointError if it does not take it.
+
+    path: the checkpoint's file, for the message.
+    """
+    try:
+        part.load_state_dict(saved)
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise CheckpointError(
+            f"{path} has a state that this {type(part).__name__} does not take ({error}); what is "
+            "in a state must be there from the start. Remove the file to start anew"
+        ) from error
 
 
 def _as_python(value, with_tensors: bool = True):

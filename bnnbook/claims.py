@@ -265,8 +265,9 @@ def three_digits(mean: float, spread: float | None = None) -> str:
 def _digits(mean: float, spread: float | None) -> str:
     if spread is not None and not spread > 1e-9 * abs(mean):  # rounding, or the NaN of one run
         spread = None if math.isnan(spread) else 0.0
-    size = float(f"{max(abs(mean), spread or 0) or 1.0:.3g}")  # 0.9996 is 1.00
-    decimals = 2 - math.floor(math.log10(size))
+    size = max(abs(mean), spread or 0) or 1.0
+    decimals = 2 - math.floor(math.log10(float(f"{size:.3g}")))  # 0.9996 is 1.00
+    decimals = max(decimals, 0) if size < 1000 else decimals
     if not 0 <= decimals <= 6:
         return f"{mean:.3g}" if spread is None else f"{mean:.3g} ± {spread:.2g}"
     text = f"{round(mean, decimals) + 0.0:.{decimals}f}"  # + 0.0 makes -0.0 a 0.0

@@ -133,7 +133,7 @@ def record(
         typer.Option(min=0, max=LARGEST_SEED, help="Repeatable (default: 0, 1, 2)."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Shorten the recipes to this; the records say so.")
+        int | None, typer.Option(help="Shorten longer recipes to this; the records say so.")
     ] = None,
     scale: Annotated[str, typer.Option(help="full, or small for a trial.")] = "full",
     jobs: Annotated[int, typer.Option(help="Runs at once, each in its own process.")] = 1,

@@ -171,8 +171,8 @@ class Packed(nn.Module):
     k is an integer. Without scale and bias, y is therefore exactly what the float layer returns
     while its n products are added up in a type in which that sum is exact: below
     :math:`2^{24}` in float32. With a scale, the float layer rounds in every addition, and y once.
-    Scales that are all 1 are left out, unless the quantizer is a module with a state: loading that
-    may change them.
+    Scales that are all 1 are left out, unless the quantizer is a module with parameters: it may
+    learn them.
 
     ``binary_input`` says whether the layer multiplies bits: only if its ``input_quantizer`` is a
     sign, of the library or a function that gives the same on a grid of numbers. Any other input is
@@ -233,19 +233,17 @@ def _signs_and_scale(layer: BinaryLayer) -> tuple[Tensor, Tensor | None]:
         raise ValueError("the weight quantizer gives one output channel weights of several "
                          "magnitudes; only signs, and one scale a channel, can be packed"
                          )  # fmt: skip
-    return weight, None if (scale == 1).all() and not _has_state(quantizer) else scale
-
-
-def _has_state(quantizer: Callable | None) -> bool:
-    """Return whether a quantizer may become another function when a state_dict is loaded."""
-    return isinstance(quantizer, nn.Module) and bool(quantizer.state_dict())
+    learned = list(quantizer.parameters()) if isinstance(quantizer, nn.Module) else []
+    return weight, None if (scale == 1).all() and not learned else scale
 
 
 def _is_sign(quantizer: Callable | None, weight: Tensor) -> bool:
     """Return whether a quantizer of inputs is the sign; weight: gives the dtype and the device."""
     if function_of(quantizer) in SIGNS:
         return True
-    if quantizer is None or _has_state(quantizer) or function_of(quantizer) is stochastic_sign:
+    # one with a state may become another function when that is loaded
+    stateful = isinstance(quantizer, nn.Module) and quantizer.state_dict()
+    if quantizer is None or stateful or function_of(quantizer) is stochastic_sign:
         return False
     ends = torch.finfo(weight.dtype)
     extremes = weight.new_tensor([0.0, -0.0, ends.tiny, -ends.tiny, ends.max, ends.min])
@@ -471,19 +469,19 @@ def pack_network(model: nn.Module, *, multiply: str = "bits") -> nn.Module:
     Each binary layer becomes its counterpart in `PACKED`. In a `torch.nn.Sequential`, batch
     normalisation between two layers that multiply bits becomes a `Threshold`; max-pooling may
     stand before it. It does not behind a linear layer with a scale or a bias, whose inputs may
-    have more than two dimensions, behind a layer that is used more than once, and where a layer
-    with a scale or a bias has another dtype than the normalisation. All other modules stay as they
-    are, among them modules with hooks or a forward of their own, subclasses of binary layers and
-    of normalisations, and layers that `Packed` refuses: `real_layers` names what still holds real
-    numbers. A Sequential must be called as a whole: a model that calls slices of it gets
-    thresholds for some and not for other parts.
+    have more than two dimensions, behind a layer that is used or listed more than once, and where
+    a layer with a scale or a bias has another dtype than the normalisation. All other modules stay
+    as they are, among them modules with hooks or a forward of their own, subclasses of binary
+    layers and of normalisations, and layers that `Packed` refuses: `real_layers` names what still
+    holds real numbers. A Sequential must be called as a whole: a model that calls slices of it
+    gets thresholds for some and not for other parts.
 
     multiply: "bits" compares words; "floats" multiplies signs as before, unpacked each time, which
     stores the same bytes and is many times faster where torch has fast convolutions.
 
     To load a saved ``state_dict``, pack a new network of the same constructor and load it there;
-    ``multiply`` is that of the new one. A scale that a weight quantizer learns must be in its
-    state, as a parameter or a buffer. Raises ValueError for an unknown ``multiply``.
+    ``multiply`` is that of the new one. A scale that a weight quantizer learns must be a parameter
+    of it. Raises ValueError for an unknown ``multiply``.
 
     >>> from bnnbook.models import binarynet
     >>> net = binarynet(widths=(8,), hidden=(16,), in_channels=1, image_size=8).eval()
@@ -570,7 +568,8 @@ def _next(layers: list[nn.Module], passing: tuple) -> nn.Module | None:
 
 def _is_fixed(norm: nn.Module) -> bool:
     """Return whether this is batch normalisation with statistics of its own."""
-    return type(norm) in NORMS and norm.running_mean is not None and _is_plain(norm)
+    kind = nn.utils.parametrize.type_before_parametrizations(norm)
+    return kind in NORMS and norm.running_mean is not None and _is_plain(norm)
 
 
 def _multiplies_bits(layer: nn.Module | None) -> bool:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,13 @@ class BinaryLayer:
 
         Raises TypeError unless each is a function or None; a quantizer's name is not enough.
         """
+        computed = not isinstance(self.weight, nn.Parameter)  # then it may be ±1 already
+        written = weight_quantizer is None and not (computed and _are_signs(self.weight))
+        weight = stored_weight(self) if written else None
         self.input_quantizer = input_quantizer  # first: if it is refused, the weights stay
-        if weight_quantizer is None:
+        if written:
             with torch.no_grad():
-                stored_weight(self).copy_(sign(self.weight))
+                weight.copy_(sign(weight))
         self.weight_quantizer = weight_quantizer
 
     def reset_parameters(self, bound: float = 1.0) -> None:
@@ -99,14 +103,13 @@ class BinaryLayer:
         weight = getattr(self, "weight", None)
         if kind == "input_quantizer" or quantizer is not None or weight is None:
             return
-        if not weight.is_meta and not (weight.abs() == 1).all():  # meta tensors have no values
+        if not _are_signs(weight):
             raise ValueError("without a weight_quantizer the weights must be exactly ±1; "
                              "set_quantizers(None, ...) takes their signs")  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         weight, errors = state_dict.get(prefix + "weight"), rest[-1]
-        known = weight is not None and not weight.is_meta  # meta tensors have no values
-        if self.weight_quantizer is None and known and not (weight.abs() == 1).all():
+        if self.weight_quantizer is None and weight is not None and not _are_signs(weight):
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
             errors.append(f"{prefix}weight must be exactly ±1 without a weight_quantizer; to take "
                           "the signs of latent weights, load them into a layer that has one, then "
@@ -120,6 +123,10 @@ class BinaryLayer:
         quantizers = [f"{kind}={_name(getattr(self, kind))}" for kind in QUANTIZED
                       if getattr(self, kind) is not None]  # fmt: skip
         return ", ".join([super().extra_repr(), *quantizers])
+
+
+def _are_signs(weight: Tensor) -> bool:
+    return weight.is_meta or bool((weight.abs() == 1).all())  # meta tensors have no values
 
 
 def stored_weight(layer: BinaryLayer) -> nn.Parameter:
@@ -281,7 +288,8 @@ class ExpertBinaryConv2d(BinaryConv2d):
                  input_quantizer=ste_sign, bias: bool = False, temperature: float = 1.0,
                  padding_mode: str = "zeros", padding_value: float = 0.0,
                  device=None, dtype: torch.dtype | None = None):  # fmt: skip
-        if type(experts) is not int or experts < 1 or not temperature > 0:
+        whole = isinstance(experts, Integral) and not isinstance(experts, bool)
+        if not whole or experts < 1 or not temperature > 0:
             raise ValueError("experts must be a positive integer and temperature positive, "
                              f"not {experts!r} and {temperature!r}")  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding,
@@ -357,7 +365,8 @@ class ExpertBinaryConv2d(BinaryConv2d):
 
 def _over_channels(values: Tensor, x: Tensor) -> Tensor:
     """Return per-channel values in x's dtype, shaped to broadcast over x of (N, C, ...)."""
-    if x.dim() < 2 or x.shape[1] != len(values):  # one channel would broadcast to any number
+    # a single channel would broadcast to any number
+    if not torch.jit.is_tracing() and (x.dim() < 2 or x.shape[1] != len(values)):
         raise ValueError(f"the input must be (N, {len(values)}, ...), not {tuple(x.shape)}")
     return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
 
@@ -678,7 +687,7 @@ class SquaredHingeLoss(nn.Module):
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, a scalar."""
-        if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
+        if not torch.jit.is_tracing() and targets.shape != outputs.shape[:1] + outputs.shape[2:]:
             raise ValueError("outputs must be (N, classes) and targets (N,), not "
                              f"{tuple(outputs.shape)} and {tuple(targets.shape)}")  # fmt: skip
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -786,7 +795,7 @@ class ElasticLink(nn.Module):
 
     def matched(self, x: Tensor) -> Tensor:
         """Return x with out_channels channels, s(x)."""
-        if x.shape[1] != self.in_channels:
+        if not torch.jit.is_tracing() and x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, not {x.shape[1]}")
         if self.in_channels <= self.out_channels:
             return x.repeat(1, self.out_channels // self.in_channels, 1, 1)

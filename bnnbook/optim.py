@@ -766,15 +766,17 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     The layer's type decides, never its name; a shared parameter is listed once, as binary if any
     of its layers is. The weights of layers with a ``weight_quantizer`` are listed as binary, too,
     but are latent: they are for torch's optimizers or `LatentSGD`, not for `Bop` or `CascadedEMA`.
-    Raises ValueError if the model has no binary layer, and TypeError as `layers.stored_weight`.
+    Of a weight that is computed from others (a parametrization), those are listed, as real. Raises
+    ValueError if the model has no binary layer.
 
     >>> from bnnbook.models import binaryconnect_mlp
     >>> [len(part) for part in split_parameters(binaryconnect_mlp())]
     [4, 8]
     """
-    stored = [stored_weight(layer) for layer in binary_layers(model)]
-    binary = list({id(weight): weight for weight in stored}.values())
-    if not binary:
+    layers = list(binary_layers(model))
+    stored = [layer._parameters.get("weight") for layer in layers]
+    binary = list({id(weight): weight for weight in stored if weight is not None}.values())
+    if not layers:
         raise ValueError("the model has no binary layer (BinaryLinear, BinaryConv2d)")
     known = {id(weight) for weight in binary}
     return binary, [p for p in model.parameters() if id(p) not in known]

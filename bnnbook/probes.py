@@ -332,7 +332,8 @@ class ActivationSaturation(_Hooked):
     def load_state_dict(self, state: dict) -> None:
         """Go on counting from a saved state."""
         if state["above"].shape != self.above.shape:
-            raise ValueError("the saved ActivationSaturation is of another network")
+            raise ValueError("the saved ActivationSaturation is of another network, or of a "
+                             "version that counted layers which share a weight once")  # fmt: skip
         self.above.copy_(state["above"])
         self.seen.copy_(state["seen"])
         self.steps = state["steps"]

@@ -322,7 +322,7 @@ def _plain(value: Any, key: str) -> Any:
         if getattr(value, "ndim", None) != 0:
             raise ValueError(f"{key}: a {type(value).__name__} is not a JSON value")
         kind, value = type(value).__name__, value.item()  # a NumPy or torch scalar
-        if not isinstance(value, (str, bool, int, float)):
+        if not isinstance(value, (str, bool, int, float, type(None))):
             raise ValueError(f"{key}: a {kind} is not a JSON value")
     if isinstance(value, float):
         if not math.isfinite(value):

@@ -25,6 +25,7 @@ from bnnbook._checks import parameters_of
 from bnnbook.data import Dataset, unit_range
 from bnnbook.layers import binary_layers
 
+SEEDS = 4096  # that epochs can be counted beside, in the 32 bits that torch's generator takes
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
 FUNCTIONS = ("loss", "augment", "preprocess", "test_model", "stop")  # arguments of `train`
 # Columns of a `History` that no probe may have, too.
@@ -383,13 +384,13 @@ def train_step(run: "_Run", index: Tensor) -> None:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """Return the permutation of ``n`` training images for ``seed`` and ``epoch``: always the same.
 
-    Seeds and epochs that differ have permutations of their own.
+    Seeds below `SEEDS` that differ have permutations of their own, and others most probably.
 
     >>> torch.equal(epoch_order(9, seed=1, epoch=4), epoch_order(9, seed=1, epoch=4))
     True
     """
     number = (seed << 20) + epoch
-    if not 0 <= number < 2**32:  # of which torch's generator would leave out the higher bits
+    if not 0 <= seed < SEEDS:
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
         number = int.from_bytes(digest[:4], "little")
     generator = torch.Generator().manual_seed(number)
@@ -482,7 +483,7 @@ class _Run:
         _checks.check_device(self.model, self.device)
         _checks.check_optimizers(self.optimizers, self.model, self.loss)
         _checks.check_steps((*self.optimizers, *self.schedulers))
-        _checks.check_schedulers(self.schedulers, self.optimizers)
+        _checks.check_schedulers(self.schedulers, self.optimizers, self.model)
         if not self.checkpoint_minutes >= 0:
             raise ValueError(f"checkpoint_minutes must be a number from 0 on, not "
                              f"{self.checkpoint_minutes}")  # fmt: skip
@@ -678,6 +679,8 @@ class _Run:
             "schedulers": [type(scheduler).__name__ for scheduler in self.schedulers],
             "precision": precision(self.device) if self.autocast else "float32",
             "device type": self.device.type,
+            # earlier versions gave seeds 4096 apart the same orders
+            **({} if 0 <= self.seed < SEEDS else {"way to order images": "hashed"}),
         }
 
     def measured(self) -> dict[str, object]:
@@ -743,7 +746,7 @@ class _Run:
         for name, parts in self.parts().items():
             # a file of an earlier version has no state of the loss
             for part, saved in zip(parts, state.get(name, ()), strict=name in state):
-                part.load_state_dict(saved)
+                checkpoints.load_part(self.checkpoint, part, saved)
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.losses.copy_(state["losses"])
         self.hits.copy_(state["hits"])

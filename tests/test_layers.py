@@ -1335,7 +1335,6 @@ class Halved(nn.Module):
 @pytest.mark.parametrize("write", [
     lambda layer: layer.reset_parameters(),
     lambda layer: layer.set_quantizers(None, None),
-    lambda layer: split_parameters(nn.Sequential(layer)),
     lambda layer: layer.replicate(),
 ])  # fmt: skip
 def test_a_weight_that_is_computed_from_others_is_not_written_to(write):
@@ -1350,6 +1349,29 @@ def test_experts_with_a_parametrized_weight_are_converted():
     nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
     before = layer.weight.detach().double()
     assert torch.equal(layer.double().weight, before)
+
+
+class Signs(nn.Module):
+    """A parametrization whose weights are ±1."""
+
+    def forward(self, w):
+        return sign(w)
+
+
+def test_a_computed_weight_of_signs_needs_no_quantizer():
+    layer = layers.BinaryLinear(3, 2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Signs())
+    layer.set_quantizers(None, ste_sign)
+    assert layer.weight_quantizer is None
+
+
+def test_what_a_weight_is_computed_from_is_real():
+    layer = layers.BinaryLinear(3, 2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+    other = layers.BinaryLinear(3, 2)
+    binary, real = split_parameters(nn.Sequential(layer, other))
+    assert [id(p) for p in binary] == [id(other.weight)]
+    assert any(p is layer.parametrizations.weight.original for p in real)
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])
@@ -1394,6 +1416,7 @@ def test_a_layer_with_parts_of_its_own_does_not_become_binary(change):
 
 @pytest.mark.parametrize("experts", [True, 1.5, 0])
 def test_experts_are_counted_in_integers(experts):
+    assert layers.ExpertBinaryConv2d(2, 3, 3, experts=np.int64(2)).weight.shape[0] == 2
     with pytest.raises(ValueError, match="experts must be a positive integer"):
         layers.ExpertBinaryConv2d(2, 3, 3, experts=experts)
 

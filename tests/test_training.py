@@ -949,10 +949,16 @@ def test_minutes_between_checkpoints_are_a_number(minutes, tmp_path):
         run(1, checkpoint=tmp_path / "run.pt", checkpoint_minutes=minutes)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of")  # torch's, of steps not taken
 @pytest.mark.parametrize("view", [lambda made: made, lambda made: optim.rate_as_lr(made, "gamma")])
 def test_a_scheduler_needs_its_optimizer(view):
-    model, optimizers, _ = flip_setting()
-    other = optim.CascadedEMA([nn.Parameter(torch.ones(2))], 0.01, 0.1)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(view(other), 0.5)
-    with pytest.raises(ValueError, match="ExponentialLR belongs to another CascadedEMA"):
-        run(1, (model, optimizers, scheduler))
+    for own in (True, False):
+        model, optimizers, _ = flip_setting()
+        weights = optimizers[0].param_groups[0]["params"] if own else [nn.Parameter(torch.ones(2))]
+        other = optim.CascadedEMA(weights, 0.01, 0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(view(other), 0.5)
+        if not own:  # a dummy, for a number of somebody's own
+            run(1, (model, optimizers, scheduler))
+            continue
+        with pytest.raises(ValueError, match="ExponentialLR belongs to another optimizer"):
+            run(1, (model, optimizers, scheduler))
