@@ -198,7 +198,7 @@ def beginning(chapter: chapters.Chapter, words: str) -> nbformat.NotebookNode:
 
 
 # Chapter, words in the code of the checked cell that has to notice, and the change.
-PLANTED = ("binaryconnect", "stochastic_sign(", "binarize.py", "(x + 1) / 2", "(x + 1.1) / 2")
+PLANTED = ("binaryconnect", "stochastic_sign(", "binarize.py", "=1) + 1) / 2", "=1) + 1.1) / 2")
 
 
 def test_nbval_fails_when_a_constant_of_the_library_is_changed(tmp_path):

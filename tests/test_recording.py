@@ -814,10 +814,11 @@ def test_a_worker_without_a_first_process_ends_in_silence(tmp_path, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_stays_behind(tmp_path, number):
     """Whether the first process is asked to stop or killed, its helper saves and ends."""
-    command = [sys.executable, "-m", "bnnbook", "record", "--scale", "small", "--only", NAME,
-               "--seed", "0", "--epochs", "5000", "--checkpoint-minutes", "0.001"]  # fmt: skip
+    job = Job("alexnet.kernels", "two-towers", 0, "small", None)  # which takes some seconds
+    command = [sys.executable, "-m", "bnnbook", "record", "--scale", "small", "--only",
+               job.experiment, "--seed", "0", "--checkpoint-minutes", "0.001"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    checkpoint = small(epochs=5000).checkpoint(tmp_path / "runs")
+    checkpoint = job.checkpoint(tmp_path / "runs")
     wait_for(checkpoint.exists)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, number)

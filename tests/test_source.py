@@ -70,7 +70,7 @@ def test_a_function_is_shown_word_for_word(shown):
     source.show(layers.clip_latent_weights)
     text = inspect.getsource(layers.clip_latent_weights)
     head, _, rest = text.partition("\n")
-    assert code(shown[0]) == f"# layers.py\n{head}\n{rest[rest.index('    with') :].rstrip()}"
+    assert code(shown[0]) == f"# layers.py\n{head}\n{rest[rest.index('    if not') :].rstrip()}"
 
 
 @pytest.mark.parametrize("each", DEFINED, ids=lambda each: f"{each.__module__}.{each.__name__}")
