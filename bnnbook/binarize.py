@@ -105,8 +105,8 @@ def ste_sign(x: Tensor, clip_value: float | None = 1.0) -> Tensor:
     >>> ste_sign(x).sum().backward(); x.grad
     tensor([0., 1., 1.])
     """
-    number = clip_value is not None and not isinstance(clip_value, Tensor)
-    if clip_value is not None and not (number and 0 < clip_value < math.inf):
+    is_tensor = isinstance(clip_value, Tensor)
+    if clip_value is not None and (is_tensor or not 0 < clip_value < math.inf):
         raise ValueError(f"clip_value must be a positive number or None, not {clip_value!r}")
     return _apply(_STESign, x, clip_value)
 

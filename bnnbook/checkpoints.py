@@ -58,12 +58,7 @@ def read(path: Path) -> dict:
     OSError for a file that cannot be opened.
     """
     content = path.read_bytes()
-    changed = _changed_part(path, content)
-    if changed:
-        raise CheckpointError(
-            f"{path} has changed since it was written: its part {changed} has another checksum. "
-            "Remove it to start anew"
-        )
+    _check_intact(path, content)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         number = state["format"]
@@ -80,15 +75,15 @@ def read(path: Path) -> dict:
     return state
 
 
-def _changed_part(path: Path, content: bytes) -> str | None:
-    """Return the name of a part of torch's file whose checksum is wrong, or None.
+def _check_intact(path: Path, content: bytes) -> None:
+    """Raise CheckpointError for a file of torch's that has changed or is cut short.
 
-    Raises CheckpointError for a file that is cut short or empty, and moves it aside.
+    What is cut short, or empty, is moved aside.
     """
     if not ZIP.startswith(content[: len(ZIP)]) and content.strip(b"\0"):
-        return None  # torch never wrote it
+        return  # torch never wrote it
     try:  # torch itself compares no checksums
-        return zipfile.ZipFile(io.BytesIO(content)).testzip()
+        changed = zipfile.ZipFile(io.BytesIO(content)).testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         aside = unused_name(path)
         path.rename(aside)
@@ -96,8 +91,13 @@ def _changed_part(path: Path, content: bytes) -> str | None:
             f"{path} is not a whole checkpoint ({error}); it was moved to {aside.name}. Run again "
             "to start from the beginning"
         ) from error
-    except (RuntimeError, NotImplementedError):  # encrypted, or packed in another way
-        return None
+    except RuntimeError:  # encrypted, or packed in another way: of another kind
+        return
+    if changed:
+        raise CheckpointError(
+            f"{path} has changed since it was written: its part {changed} has another checksum. "
+            "Remove it to start anew"
+        )
 
 
 def compare(path: Path, here: Mapping, there: Mapping) -> None:

@@ -23,6 +23,7 @@ from bnnbook.binarize import (
     swish_sign,
 )
 from bnnbook.layers import (
+    DEPTH,
     GEOMETRY,
     QUANTIZED,
     BinaryConv2d,
@@ -511,7 +512,7 @@ def _shared(modules: list[nn.Module]) -> set[int]:
     return {key for key, count in places.items() if count > 1}
 
 
-def _held(value, depth: int = 4) -> Iterator[nn.Module]:
+def _held(value, depth: int = DEPTH) -> Iterator[nn.Module]:
     """Yield the modules in a value, as deep in lists and dicts as `replace_parts` looks."""
     if isinstance(value, nn.Module):
         yield value

@@ -20,6 +20,9 @@ Quantizer = Callable[[Tensor], Tensor]
 QUANTIZED = ("weight_quantizer", "input_quantizer")
 # What a convolution is given beside its numbers of channels and its bias.
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+# How deep a module's parts are looked for: its attributes, a list or dict of them, and two more
+# within. Deeper is somebody's data.
+DEPTH = 4
 
 
 class BinaryLayer:
@@ -51,14 +54,11 @@ class BinaryLayer:
 
         Raises TypeError unless each is a function or None; a quantizer's name is not enough.
         """
-        computed = not isinstance(self.weight, nn.Parameter)  # then it may be ±1 already
-        written = weight_quantizer is None and not (computed and _are_signs(self.weight))
-        weight = stored_weight(self) if written else None
-        self.input_quantizer = input_quantizer  # first: if it is refused, the weights stay
-        if written:
+        self._check_quantizer("input_quantizer", input_quantizer)  # before the weights change
+        if weight_quantizer is None and not _are_signs(self.weight):
             with torch.no_grad():
-                weight.copy_(sign(weight))
-        self.weight_quantizer = weight_quantizer
+                stored_weight(self).copy_(sign(self.weight))
+        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
 
     def reset_parameters(self, bound: float = 1.0) -> None:
         """Draw weights from U(-bound, bound), clipped to [-1, 1]; biases start at 0."""
@@ -597,9 +597,8 @@ def replace_parts(network: nn.Module, parts: dict[nn.Module, nn.Module]) -> None
             module.activation_relu_or_gelu = 0  # no fast path, which would not call its layers
 
 
-def _swap(value, new: dict[int, nn.Module], depth: int = 4):
+def _swap(value, new: dict[int, nn.Module], depth: int = DEPTH):
     """Return a value with the modules of these ids replaced; lists and dicts change in place."""
-    # the attributes, a list or dict of them, and two more within: deeper is somebody's data
     if depth and isinstance(value, dict):
         for key, part in value.items():
             value[key] = _swap(part, new, depth - 1)

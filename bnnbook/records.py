@@ -24,6 +24,7 @@ from typing import Any
 FORMAT = 2  # format 2 added the checksum
 SCALES = ("small", "full")
 PACKAGE = Path(__file__).resolve().parent
+SCALARS = (str, bool, int, float, type(None))  # of JSON
 # Of arrays, with their byte order in the file.
 DTYPES = {"uint8": "|u1", "float32": "<f4"}
 # Of an experiment or a variant.
@@ -206,12 +207,11 @@ def encode_array(array) -> dict[str, Any]:
     """
     import numpy as np
 
-    kind = str(getattr(array, "dtype", "")).removeprefix("torch.")  # NumPy has no bfloat16
-    if kind != "bfloat16":
-        array = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
-        kind = array.dtype.name
+    array = array.detach().cpu() if hasattr(array, "detach") else np.asarray(array)
+    kind = getattr(array.dtype, "name", str(array.dtype).removeprefix("torch."))
     if kind not in DTYPES:
         raise ValueError(f"array of {kind}: convert it to {' or '.join(DTYPES)} first")
+    array = np.asarray(array)
     if not np.isfinite(array).all():
         raise ValueError("the array holds values that are not finite")
     data = array.astype(DTYPES[array.dtype.name]).tobytes()
@@ -318,11 +318,11 @@ def _plain(value: Any, key: str) -> Any:
         return {k: _plain(v, f"{key}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
-    if not isinstance(value, (str, bool, int, float, type(None))):
+    if not isinstance(value, SCALARS):
         if getattr(value, "ndim", None) != 0:
             raise ValueError(f"{key}: a {type(value).__name__} is not a JSON value")
         kind, value = type(value).__name__, value.item()  # a NumPy or torch scalar
-        if not isinstance(value, (str, bool, int, float, type(None))):
+        if not isinstance(value, SCALARS):
             raise ValueError(f"{key}: a {kind} is not a JSON value")
     if isinstance(value, float):
         if not math.isfinite(value):

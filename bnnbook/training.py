@@ -25,7 +25,7 @@ from bnnbook._checks import parameters_of
 from bnnbook.data import Dataset, unit_range
 from bnnbook.layers import binary_layers
 
-SEEDS = 4096  # that epochs can be counted beside, in the 32 bits that torch's generator takes
+DISTINCT_SEEDS = 4096  # torch's generator takes 32 bits: 12 for these, 20 to count epochs
 CHECK_EVERY = 64  # steps between two checks of the losses on a CPU; on a GPU, one check per epoch
 FUNCTIONS = ("loss", "augment", "preprocess", "test_model", "stop")  # arguments of `train`
 # Columns of a `History` that no probe may have, too.
@@ -384,13 +384,13 @@ def train_step(run: "_Run", index: Tensor) -> None:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """Return the permutation of ``n`` training images for ``seed`` and ``epoch``: always the same.
 
-    Seeds below `SEEDS` that differ have permutations of their own, and others most probably.
+    Seeds below `DISTINCT_SEEDS` that differ have permutations of their own, others most probably.
 
     >>> torch.equal(epoch_order(9, seed=1, epoch=4), epoch_order(9, seed=1, epoch=4))
     True
     """
     number = (seed << 20) + epoch
-    if not 0 <= seed < SEEDS:
+    if not 0 <= seed < DISTINCT_SEEDS:
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
         number = int.from_bytes(digest[:4], "little")
     generator = torch.Generator().manual_seed(number)
@@ -680,7 +680,7 @@ class _Run:
             "precision": precision(self.device) if self.autocast else "float32",
             "device type": self.device.type,
             # earlier versions gave seeds 4096 apart the same orders
-            **({} if 0 <= self.seed < SEEDS else {"way to order images": "hashed"}),
+            **({} if 0 <= self.seed < DISTINCT_SEEDS else {"way to order images": "hashed"}),
         }
 
     def measured(self) -> dict[str, object]:

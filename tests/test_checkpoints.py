@@ -13,7 +13,16 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import MultiStepLR, SequentialLR
-from toy import StopAfter, assert_same, dataset, flip_setting, run, setting, without_time
+from toy import (
+    ScaledLoss,
+    StopAfter,
+    assert_same,
+    dataset,
+    flip_setting,
+    run,
+    setting,
+    without_time,
+)
 
 from bnnbook import checkpoints, data, optim, probes, training
 from bnnbook.binarize import sign, ste_sign
@@ -598,19 +607,6 @@ def test_a_scheduler_that_notes_no_first_rate_is_continued(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "run.pt", [StopAfter(12)])
     assert_same(once(tmp_path / "run.pt", [StopAfter(0)]), whole)
-
-
-class ScaledLoss(nn.Module):
-    """A loss that learns a number and counts its calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, outputs, labels):
-        self.calls += 1
-        return cross_entropy(self.scale * outputs, labels)
 
 
 def test_a_loss_that_learns_goes_on_from_where_it_was(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from tape import Tape, waits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import ScaledLoss
 
 from bnnbook import binarize, data, graphs, layers, optim, probes, training
 from bnnbook.experiments import (
@@ -360,23 +361,10 @@ def test_a_run_that_is_over_records_no_graph(tape, tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class Scaled(nn.Module):
-    """A loss with a parameter and a buffer of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, outputs, targets):
-        self.calls += 1
-        return nn.functional.cross_entropy(self.scale * outputs, targets)
-
-
 def test_a_loss_may_learn_too(tape):
     losses = []
     for graph in (True, False):
-        loss = Scaled()
+        loss = ScaledLoss()
 
         def setting(loss=loss):
             model, optimizers, shape = mlp()
@@ -471,7 +459,7 @@ def test_a_loss_with_a_parameter_of_the_same_name_hides_no_change_of_the_network
         model.scale.data = 2 * model.scale.data
 
     with pytest.raises(graphs.GraphError, match="scale has changed"):
-        fit(setting, loss=Scaled(), probes=[AtTheEnd(replace_scale)])
+        fit(setting, loss=ScaledLoss(), probes=[AtTheEnd(replace_scale)])
 
 
 def test_what_a_forward_pass_sets_is_refused(tape):
