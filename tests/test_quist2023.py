@@ -133,10 +133,35 @@ def test_a_decay_starts_at_one_and_never_rises(name):
     values = [factor(u) for u in np.linspace(0, 1, 101)]
     assert values[0] == 1
     assert all(b <= a for a, b in pairwise(values))
-    end = {"none": 1, "linear": 0, "cosine": 0, "step": 0.01, "exponential": 1e-3}[name]
-    assert values[-1] == pytest.approx(end, abs=1e-12)
-    middle = {"none": 1, "linear": 0.5, "cosine": 0.5, "step": 0.1, "exponential": 1e-3**0.5}
-    assert factor(0.5) == pytest.approx(middle[name])
+    middle_and_end = {
+        "none": (1, 1),
+        "linear": (0.5, 0),
+        "cosine": (0.5, 0),
+        "step": (0.1, 0.01),
+        "exponential": (1e-3**0.5, 1e-3),
+        "slow-exponential": (0.1**0.5, 0.1),
+        "early-cosine": (1e-6, 1e-6),
+    }
+    assert (factor(0.5), values[-1]) == pytest.approx(middle_and_end[name], abs=1e-12)
+
+
+def test_an_early_cosine_freezes_like_the_exponential_and_a_slow_exponential_like_linear():
+    steps = 10 * (50_000 // quist2023.FULL.batch_size)
+    alpha = quist2023.RECIPES["alpha_decay"]["full"].alpha
+
+    def freeze_point(name):
+        factor = quist2023.DECAYS[name]
+        return filters.freeze_point([alpha * factor(i / steps) for i in range(steps)]) / steps
+
+    for name, other in (("early-cosine", "exponential"), ("slow-exponential", "linear")):
+        assert freeze_point(name) == pytest.approx(freeze_point(other), abs=0.025)
+
+
+def test_an_early_cosine_is_a_cosine_in_less_time():
+    early, cosine = quist2023.DECAYS["early-cosine"], quist2023.DECAYS["cosine"]
+    assert [early(0.36 * u) for u in (0.25, 0.5, 0.75)] == pytest.approx(
+        [cosine(u) for u in (0.25, 0.5, 0.75)]
+    )
 
 
 def test_restarts_are_four_cosines_in_a_row():

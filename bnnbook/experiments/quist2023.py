@@ -70,6 +70,9 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "step": lambda u: 0.1 ** sum((u >= 0.5, u >= 0.75)),
     "exponential": lambda u: 1e-3**u,
     "restarts": lambda u: cosine(4 * u % 1 if u < 1 else 1.0),  # four cosines in a row
+    # The same two shapes with their freeze points about exchanged, in ten epochs of CIFAR-10
+    "slow-exponential": lambda u: 0.1**u,
+    "early-cosine": lambda u: max(cosine(min(u / 0.36, 1)), 1e-6),  # rates are above 0
 }
 
 
