@@ -32,6 +32,7 @@ FRAME = nodes.raw("", '<table class="dataframe">', format="html")
         (cell("x = 1"), "the code"),
         (cell("seeds: int = 2", tags=["parameters"]), "the settings of this page's runs"),
         (cell("claims.verdicts()", nodes.literal_block(), hides="all"), "what the tests compare"),
+        (cell("claims.check(a)", CLAIM, hides="all"), "the claims"),
     ],
 )
 def test_a_fold_says_what_is_in_it(folded, what):

@@ -16,7 +16,7 @@ def subject(cell: nodes.container) -> str:
     if "parameters" in tags:
         return "the settings of this page's runs"
     if cell["hide_mode"] == "all":  # the outputs are folded, too
-        return "what the tests compare"
+        return "the claims" if "bnnbook-claim" in shown else "what the tests compare"
     if any(part.next_node(nodes.figure) for part in output):
         return "the code of this figure"
     if "bnnbook-claim" in shown:
