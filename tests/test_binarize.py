@@ -482,6 +482,24 @@ def test_quantizers_work_under_torch_func(name):
     assert torch.equal(rows.flatten(), expected)
 
 
+@pytest.mark.parametrize("name", ["magnitude_aware_sign", "dorefa_weight", "stochastic_sign"])
+def test_weights_side_by_side_are_quantized_each_by_itself_under_torch_func(name):
+    """Each has its own scale, largest magnitude or draw."""
+    several = torch.tensor([[[-1.5, -0.4, 0.2]], [[0.9, 0.1, -3.0]]])
+    of_one = torch.func.grad(lambda w: QUANTIZERS[name](w).sum())
+    slopes = torch.func.vmap(of_one, randomness="different")(several)
+    for w, slope in zip(several, slopes, strict=True):
+        expected = gradient(QUANTIZERS[name], w.clone().requires_grad_())
+        np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+
+def test_not_even_the_least_number_that_can_be_drawn_turns_a_certain_minus_one(monkeypatch):
+    """torch.rand returns exactly 0 about once in 2^24 draws."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    w = torch.tensor([-3.0, -1.0, -0.999, 1.0])
+    assert binarize.stochastic_sign(w).tolist() == [-1, -1, 1, 1]
+
+
 def test_integers_and_an_empty_weight_are_told_apart():
     for integers in (torch.tensor([[1, 2]]), torch.tensor([[True]])):
         with pytest.raises(TypeError, match="floating-point"):
