@@ -567,6 +567,17 @@ def test_any_rate_can_be_lent_to_a_scheduler_and_resumed():
     assert torch.equal(torch.cat([first, rest]), whole)
 
 
+def test_a_schedule_of_a_lent_rate_is_taken_up_at_its_last_epoch():
+    """torch looks there for the rate it began with, here initial_gamma, and wants it only then."""
+    optimizer = make("CascadedEMA", weights_of(start((2,))))
+    lent = optim.rate_as_lr(optimizer, "gamma")
+    with pytest.raises(KeyError, match="initial_lr"):
+        lr_scheduler.ExponentialLR(lent, 0.5, last_epoch=3)
+    lr_scheduler.ExponentialLR(lent, 0.5)
+    again = lr_scheduler.LambdaLR(lent, lambda epoch: 1 / (1 + epoch), last_epoch=3)
+    assert optimizer.param_groups[0]["gamma"] == again.get_last_lr()[0] == 0.3 / 5
+
+
 def test_a_rate_that_is_not_there_cannot_be_lent():
     with pytest.raises(ValueError, match="no rate 'beta' in the groups; known: gamma, lr"):
         optim.rate_as_lr(make("CascadedEMA", weights_of(start((2,)))), "beta")
@@ -1027,6 +1038,18 @@ def test_rules_of_this_book_resume_bit_for_bit(make, tmp_path, press_ctrl_c_at):
     assert set(straight.abs().unique().tolist()) <= {1.0, 3.0, 5.0, 7.0}
 
 
+def test_ranked_flips_see_by_default_what_a_usual_cascade_sees():
+    """What differs from a cascade of alpha 0.01 and gamma 0.1 is how many weights flip."""
+    seen = []
+    for rule in (partial(optim.RankedFlips, fraction=0.1),
+                 partial(optim.CascadedEMA, alpha=0.01, gamma=0.1)):  # fmt: skip
+        weights = weights_of(start((40,)))
+        optimizer = rule(weights)
+        run(optimizer, weights, noise(30, (40,)))
+        seen.append(optimizer.state[weights[0]]["filtered_gradient"])
+    assert torch.equal(*seen)
+
+
 @pytest.mark.parametrize("options", [
     {"fraction": 0.0}, {"fraction": 1.5}, {"fraction": 0.1, "evidence": "guess"},
     {"fraction": 0.1, "alpha": 0.0}, {"fraction": 0.1, "gamma": 2.0},
@@ -1069,6 +1092,25 @@ def test_stochastic_counters_are_right_on_average(bits):
         moved = (weight == -1.0).float().mean().item()
         assert ((weight == -1.0) | (weight == 1.0)).all()
         assert moved == (pytest.approx(0.05, abs=0.01) if stochastic else 0.0)
+
+
+def test_counters_round_at_random_unless_told_otherwise():
+    """Rounded to the nearest, updates below 1/V would all be lost."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.ones(2000))
+    optimizer = optim.CounterSGD([weight], 0.1, 1)
+    weight.grad = torch.ones(2000)
+    optimizer.step()
+    assert (weight < 0).float().mean().item() == pytest.approx(0.05, abs=0.02)
+
+
+def test_counters_at_a_rate_of_zero_stand_still():
+    weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+    optimizer = optim.CounterSGD([weight], 0.0, 3)
+    before = weight.detach().clone()
+    weight.grad = torch.full((2,), 100.0)
+    optimizer.step()
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 5])
@@ -1254,6 +1296,21 @@ def test_a_state_can_be_loaded_again_and_into_a_copy(make):
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(optimizer.state_dict())
     copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loaded_state_is_a_copy(rule, dtype):
+    """Two optimizers that went on with the same buffers would filter each other's gradients."""
+    ours, theirs = (weights_of(start((20,)), dtype) for _ in range(2))
+    first, second = make(rule, ours), make(rule, theirs)
+    run(first, ours, noise(3, (20,)))
+    second.load_state_dict(first.state_dict())
+    loaded = copy.deepcopy(second.state_dict()["state"][0])
+    run(first, ours, noise(3, (20,), seed=5))
+    for name, buffer in second.state[theirs[0]].items():
+        assert torch.equal(buffer, loaded[name])
+        assert not torch.equal(buffer, first.state[ours[0]][name])
 
 
 def test_a_weight_without_brackets_is_refused_in_the_words_of_torch():
