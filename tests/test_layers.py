@@ -152,6 +152,17 @@ def test_initial_latent_weights():
     assert layer.weight.abs().eq(1).float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(("kind", "arguments", "shape"), [
+    *LAYERS, (layers.ExpertBinaryConv2d, (3, 4, 3), (5, 3, 8, 8))])  # fmt: skip
+def test_biases_are_off_by_default_and_start_at_zero(kind, arguments, shape):
+    assert kind(*arguments).bias is None
+    layer = kind(*arguments, bias=True)
+    assert not layer.bias.any()
+    nn.init.ones_(layer.bias)
+    layer.reset_parameters()
+    assert not layer.bias.any()
+
+
 def test_repr_names_the_quantizers():
     assert "weight_quantizer=ste_sign" in repr(layers.BinaryLinear(2, 2))
     assert "weight_quantizer=ste_sign" in repr(binaryconnect_mlp())
@@ -185,6 +196,12 @@ def test_clipping_touches_latent_weights_only():
     assert model[1].weight.eq(-7).all()
     layers.clip_latent_weights(model, bound=0.25)
     assert model[0].weight.eq(-0.25).all()
+
+
+def test_clipping_leaves_weights_without_a_quantizer_at_plus_minus_one():
+    model = nn.Sequential(layers.BinaryLinear(3, 3, weight_quantizer=None))
+    layers.clip_latent_weights(model, bound=0.25)
+    assert model[0].weight.abs().eq(1).all()
 
 
 def test_a_weight_that_is_computed_from_others_cannot_be_clipped():
@@ -313,6 +330,13 @@ def test_all_but_the_first_and_the_last_layer_become_binary_in_a_copy():
         assert torch.equal(ours, theirs)
         assert ours is not theirs
     assert not any(layers.binary_layers(network))
+
+
+def test_a_layer_made_binary_sees_real_inputs_by_default():
+    binary = layers.binarized(real_network().double())
+    x = torch.randn(2, 144, dtype=torch.float64)
+    expected = nn.functional.linear(x, sign(binary[5].weight), binary[5].bias)
+    assert torch.equal(binary[5](x), expected)
 
 
 def test_where_chooses_the_layers_that_become_binary():
@@ -638,6 +662,13 @@ def test_equal_experts_leave_the_gate_alone(experts, quantizer, dtype):
     assert not layer.gate.bias.grad.any()
     nn.init.normal_(layer.gate.weight)
     assert torch.equal(layer(x), before)
+
+
+def test_the_first_expert_is_replicated_by_default():
+    layer = layers.ExpertBinaryConv2d(2, 3, 3, experts=3)
+    first = layer.weight[0].clone()
+    layer.replicate()
+    assert all(torch.equal(weight, first) for weight in layer.weight)
 
 
 def test_a_soft_mixture_of_binary_weights_is_not_binary():
@@ -1210,6 +1241,15 @@ def test_what_is_no_quantizer_is_refused_when_the_layer_is_made(kind, wrong):
     assert getattr(layer, kind) is ste_sign
 
 
+def test_a_refused_pair_of_quantizers_leaves_the_latent_weights():
+    layer = layers.BinaryLinear(3, 2)
+    before = layer.weight.detach().clone()
+    with pytest.raises(TypeError, match="input_quantizer must be a function"):
+        layer.set_quantizers(None, "ste_sign")
+    assert torch.equal(layer.weight, before)
+    assert layer.weight_quantizer is ste_sign
+
+
 def test_a_binarized_transformer_multiplies_with_signs_in_its_fast_path_too():
     """Without gradients torch's layer reads the weights of its parts, and does not call them."""
     torch.manual_seed(0)
@@ -1443,3 +1483,17 @@ def test_channels_are_averaged_with_and_without_a_batch():
 def test_maps_of_equal_size_but_another_form_are_not_matched():
     with pytest.raises(ValueError, match="maps of different sizes"):
         layers.attention_matching([torch.ones(1, 1, 1, 4)], [torch.ones(1, 1, 2, 2)])
+
+
+def test_maps_of_another_number_of_samples_are_not_matched():
+    """A single sample of the teacher would be broadcast to all of the student's."""
+    with pytest.raises(ValueError, match="maps of different sizes"):
+        layers.attention_matching([torch.ones(2, 1, 4, 4)], [torch.ones(1, 1, 4, 4)])
+
+
+def test_a_bipolar_penalty_of_no_strength_is_zero():
+    weight = torch.tensor([0.5, -0.25], requires_grad=True)
+    penalty = layers.bipolar_penalty([weight], 0.0)
+    penalty.backward()
+    assert penalty == 0
+    assert not weight.grad.any()
