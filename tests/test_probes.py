@@ -299,12 +299,31 @@ def test_saturation():
     assert probe.epoch() == {"saturation": 0.5}
 
 
+def test_saturation_takes_99_hundredths_as_the_limit_by_default():
+    model = nn.Sequential(layers.BinaryLinear(5, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-1.0, 0.99, -0.989, 0.98, 0.5]]))
+    probe = probes.Saturation()
+    probe.start(model)
+    assert probe.epoch() == {"saturation": 0.4}
+
+
 def test_latent_histogram_is_numpys():
     weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
     density, edges = probes.latent_histogram(weight, bins=20, bound=2.0)
     counts, expected_edges = np.histogram(weight.numpy(), 20, range=(-2, 2))
     np.testing.assert_allclose(edges, expected_edges, atol=1e-6)
     np.testing.assert_allclose(density, counts / 2000 / 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_latent_histogram_of_a_parameter_has_fifty_bins_from_minus_one_to_one(dtype):
+    weight = nn.Parameter(torch.tensor([-0.99, 0.01, 0.01, 5.0], dtype=dtype))
+    density, edges = probes.latent_histogram(weight)
+    np.testing.assert_allclose(edges, np.linspace(-1, 1, 51), atol=1e-6)
+    assert density.nonzero().flatten().tolist() == [0, 25]
+    assert density.sum().item() * 2 / 50 == pytest.approx(0.75)  # what lies within
+    assert not probes.layer_weight(layers.BinaryLinear(3, 2)).requires_grad
 
 
 def test_layer_weight():
@@ -358,6 +377,27 @@ def test_activation_saturation_at_the_limit_and_with_another_limit():
             probe.start(model)
             model(torch.tensor([[1.0, -1.0, -2.0, 2.5]]))
             assert probe.epoch() == {"activation_saturation": share}
+
+
+def test_activation_saturation_looks_at_every_sixteenth_step_by_default():
+    model = nn.Sequential(layers.BinaryLinear(1, 1, input_quantizer=ste_sign))
+    with probes.ActivationSaturation() as probe:
+        probe.start(model)
+        for step in range(34):
+            model(torch.full((1, 1), 2.0 if step in (0, 16, 32) else 0.5))
+            probe.step()
+        assert probe.seen.tolist() == [3]
+        assert probe.epoch() == {"activation_saturation": 1.0}
+
+
+def test_activation_saturation_of_a_layer_that_was_not_called_is_not_a_number():
+    model = nn.ModuleList(layers.BinaryLinear(2, 2, input_quantizer=ste_sign) for _ in range(2))
+    with probes.ActivationSaturation(per_layer=True) as probe:
+        probe.start(model)
+        model[0](torch.tensor([[3.0, 0.5]]))
+        columns = probe.epoch()
+    assert math.isnan(columns.pop("activation_saturation/1"))
+    assert columns == {"activation_saturation": 0.5, "activation_saturation/0": 0.5}
 
 
 def test_activation_saturation_of_an_input_that_is_given_by_its_name():
@@ -482,6 +522,28 @@ def test_gradient_sample_records_each_steps_gradients(device):
         assert np.array_equal(gradients, expected)
     # full: the hooks are off
     assert not any(w._post_accumulate_grad_hooks for w in model.parameters())
+
+
+def test_gradient_sample_draws_its_weights_from_the_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        probe = probes.GradientSample(weights=20, steps=1, seed=seed)
+        probe.start(nn.Sequential(layers.BinaryLinear(100, 100)))
+        drawn.append(probe.indices["0"])
+        probe.stop()
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_gradient_sample_of_a_step_without_a_backward_pass_is_zero():
+    model = nn.Sequential(layers.BinaryLinear(4, 3))
+    with probes.GradientSample(steps=3) as probe:
+        probe.start(model)
+        for step in range(3):
+            if step != 1:
+                one_step(model, torch.randn(5, 4))
+            probe.step()
+    assert probe.gradients()["0"].any(1).tolist() == [True, False, True]
 
 
 def test_gradient_sample_holds_no_more_than_its_indices():
@@ -905,3 +967,19 @@ def test_the_state_of_another_network_is_refused(probe):
 def test_no_weights_have_no_share():
     with pytest.raises(ValueError, match="there are no weights"):
         probes.share_above([], 0.5)
+
+
+def test_a_network_without_layers_has_an_empty_report():
+    report = probes.binary_report(nn.ReLU())
+    assert report.empty
+    assert [*report.columns] == [*probes.binary_report(nn.Linear(2, 2)).columns]
+    with pytest.raises(ValueError, match="no binary layer"):
+        probes.require_binary(nn.ReLU())
+
+
+@pytest.mark.parametrize("part", ["linear1", "linear2"])
+def test_a_single_binary_part_of_a_transformers_fast_path_is_found(part):
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))
+    setattr(encoder[0], part, layers.BinaryLinear(8, 8, bias=True))
+    with pytest.raises(ValueError, match="0 has a fast path"):
+        probes.require_binary(encoder)
