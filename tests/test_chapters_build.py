@@ -401,22 +401,58 @@ def test_streams_are_joined_however_they_arrived():
     assert [o.text for o in chapters._merged([*pieces, other])] == ["ab", "c"]
 
 
-def test_figures_are_stored_with_few_colours_that_look_the_same():
-    noise = np.random.default_rng(0).integers(0, 25, (120, 120, 4))  # a photograph's, say
-    pixels = (np.linspace(0, 230, 120)[:, None, None] + noise).astype(np.uint8)
-    pixels[..., 3] = 255
+def encoded_png(pixels):
     file = io.BytesIO()
-    Image.fromarray(pixels, "RGBA").save(file, "png")
-    encoded = base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def decoded_png(encoded):
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def shades(count):
+    """A picture of `count` shades of two hues and 240 x 240 pixels, each within 1 of a grid's."""
+    noise = np.random.default_rng(0).integers(0, 2, (240, 240))
+    grid = np.linspace(0, 250, count // 2).round()[np.arange(240) * (count // 2) // 240]
+    grey = np.broadcast_to(grid, (240, 240)) + noise
+    return np.stack([grey, grey, np.where(np.arange(240)[:, None] < 120, grey, 251 - grey)], -1)
+
+
+@pytest.mark.parametrize(("count", "colours"), [(80, 128), (240, 256)])
+def test_figures_are_stored_with_as_few_colours_as_look_the_same(count, colours):
+    pixels = shades(count)
+    encoded = encoded_png(pixels)
     small = chapters._with_palette(encoded)
-    stored = Image.open(io.BytesIO(base64.b64decode(small)))
+    stored = decoded_png(small)
     assert stored.mode == "P"
+    assert colours / 2 < len(stored.getcolors()) <= colours
     assert len(small) < len(encoded)
-    apart = np.asarray(stored.convert("RGB"), float) - pixels[..., :3]
-    assert np.abs(apart).mean() < 6  # of 255, with nearly 14 400 colours
+    assert chapters.rms(np.asarray(stored.convert("RGB")), pixels) < 1
     assert chapters._with_palette(small) == small
-    smooth = io.BytesIO()
+
+
+def test_a_figure_of_many_colours_stays_as_drawn():
+    many = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).repeat(4, 0).repeat(4, 1)
+    assert chapters._with_palette(encoded_png(many)) == encoded_png(many)
     ramp = np.stack(np.broadcast_arrays(np.arange(120), np.arange(120)[:, None], 128), -1)
-    Image.fromarray(ramp.astype(np.uint8)).save(smooth, "png")
-    encoded = base64.b64encode(smooth.getvalue()).decode()
-    assert chapters._with_palette(encoded) == encoded  # which a palette would make larger
+    assert chapters._with_palette(encoded_png(ramp)) == encoded_png(ramp)
+
+
+def test_a_palette_that_makes_the_file_larger_is_not_taken():
+    ramp = np.broadcast_to(np.arange(120)[:, None, None], (120, 4, 3))
+    encoded = encoded_png(ramp)
+    few = io.BytesIO()
+    decoded_png(encoded).quantize(128).save(few, "png", optimize=True)
+    assert len(base64.b64encode(few.getvalue())) > len(encoded)
+    assert chapters._with_palette(encoded) == encoded
+
+
+def test_another_way_to_store_figures_makes_a_chapter_stale(toy, monkeypatch):
+    (chapter,) = chapters.find(toy)
+    before = chapters.key(chapter)
+    for name, value in {"PALETTES": (64, 256), "PALETTE_RMS": 2.0}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(chapters, name, value)
+            assert chapters.key(chapter) != before
+    assert chapters.key(chapter) == before

@@ -1,8 +1,8 @@
 """From `book/*.md` to the executed `notebooks/*.ipynb`: `python -m tools.chapters build`.
 
 A chapter is executed again only when its key changes: the hash of its code cells, its parameters,
-the library files that it can reach, and the locked versions of torch, NumPy and Matplotlib. When
-only its text has changed, text and captions are renewed around the stored outputs.
+the library files that it can reach, the locked versions of torch, NumPy and Matplotlib, and how
+figures are stored. When only its text has changed, it is renewed around the stored outputs.
 """
 
 import ast
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 from nbformat import NotebookNode
 
 from tools.imports import parse, reached_files
@@ -31,6 +32,9 @@ VERSIONED = ("torch", "numpy", "matplotlib")
 # The other tags concern the page and the checks; changing one needs no execution.
 EXECUTION_TAGS = {"parameters", "nbval-ignore-output"}
 IMAGES = ("image/png", "image/jpeg")
+# Figures are stored with as many colours as keep them within this RMS of the drawing, 0 to 255.
+PALETTES = (128, 256)
+PALETTE_RMS = 1.0
 
 
 class BookError(Exception):
@@ -137,6 +141,7 @@ def key(chapter: Chapter, overrides: dict[str, Any] | None = None) -> str:
             for path in library_files(chapter, sources)
         },
         "versions": _locked_versions(chapter.root),
+        "palettes": [*PALETTES, PALETTE_RMS],
     }
     return _sha256(json.dumps(parts, sort_keys=True).encode())
 
@@ -236,16 +241,28 @@ def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def _with_palette(encoded: str) -> str:
-    """A PNG reduced to 128 colours, if that is smaller; the eye sees no difference."""
+    """A PNG with the first of the `PALETTES` that keeps its look, if that is smaller.
+
+    A photograph or a grid of coloured kernels has too many colours, and stays as drawn.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(encoded)))
     if image.mode == "P":  # done before
         return encoded
-    small = io.BytesIO()
-    image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    text = base64.b64encode(small.getvalue()).decode() + "\n"
-    return min(text, encoded, key=len)
+    drawn = image.convert("RGB")
+    for colours in PALETTES:
+        few = drawn.quantize(colours, dither=Image.Dither.NONE)
+        if rms(np.asarray(few.convert("RGB")), np.asarray(drawn)) < PALETTE_RMS:
+            small = io.BytesIO()
+            few.save(small, "png", optimize=True)
+            return min(base64.b64encode(small.getvalue()).decode() + "\n", encoded, key=len)
+    return encoded
+
+
+def rms(first: np.ndarray, second: np.ndarray) -> float:
+    """The root mean square difference of two pictures of the same shape, 0 to 255."""
+    return float(np.sqrt(np.mean((first.astype(float) - second.astype(float)) ** 2)))
 
 
 def faults(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, str]]:

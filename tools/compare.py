@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from bnnbook import claims
-from tools.chapters import IMAGES, ROOT, code_cells, tags
+from tools.chapters import IMAGES, ROOT, code_cells, rms, tags
 
 # Root mean square over all pixels and channels, 0 to 255. The same drawing on another machine
 # gives 0 or a small fraction; one more epoch of training in a curve gave 22.
@@ -79,11 +79,6 @@ def _claim_differences(fresh: NotebookNode, committed: NotebookNode) -> Iterator
 def verdicts(notebook: NotebookNode) -> dict[str, str]:
     """The verdicts in a notebook's outputs, by the id of the claim."""
     return {claim["id"]: claim["verdict"] for claim in claims.from_notebook(notebook)}
-
-
-def rms(first: np.ndarray, second: np.ndarray) -> float:
-    """The root mean square difference of two pictures of the same shape, 0 to 255."""
-    return float(np.sqrt(np.mean((first.astype(float) - second.astype(float)) ** 2)))
 
 
 def images(cell: NotebookNode) -> list[np.ndarray]:
