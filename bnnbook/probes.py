@@ -121,18 +121,18 @@ class FlipRatio(_OfWeights):
         if not self.per_step:
             raise ValueError("the steps were not kept: FlipRatio(per_step=True) keeps them")
         flips = self.recorded[: self.length].cpu().double()
-        weights = flips.new_tensor(self.sizes) if self.per_layer else max(1, sum(self.sizes))
-        return flips / weights
+        weights = flips.new_tensor(self.sizes if self.per_layer else sum(self.sizes))
+        return flips / weights.clamp(min=1)
 
     def epoch(self) -> dict[str, float]:
         """Return the columns, averaged since the last call; empty without binary weights."""
-        if not self.layers or not self.steps:
+        if not sum(self.sizes) or not self.steps:
             return {}
         flips = np.atleast_1d(self.flips.cpu().numpy())
         columns = {"flip_ratio": flips.sum().item() / (sum(self.sizes) * self.steps)}
         if self.per_layer:
             for name, count, size in zip(self.names, flips.tolist(), self.sizes, strict=True):
-                columns[f"flip_ratio/{name}"] = count / (size * self.steps)
+                columns[f"flip_ratio/{name}"] = count / (max(1, size) * self.steps)
         self.flips.zero_()
         self.steps = 0
         return columns
@@ -194,8 +194,8 @@ class C2I(_OfWeights):
         """Do nothing: this is measured once per epoch."""
 
     def epoch(self) -> dict[str, float]:
-        """Return {"c2i": fraction}, pooled over all binary layers; empty without any."""
-        if not self.layers:
+        """Return {"c2i": fraction}, pooled over all binary weights; empty without any."""
+        if not len(self.initial):
             return {}
         same = (self._signs() == self.initial).count_nonzero()
         return {"c2i": same.item() / len(self.initial)}
@@ -229,8 +229,8 @@ class Saturation(_OfWeights):
         """Do nothing: this is measured once per epoch."""
 
     def epoch(self) -> dict[str, float]:
-        """Return {"saturation": fraction}, pooled over all binary layers; empty without any."""
-        if not self.layers:
+        """Return {"saturation": fraction}, pooled over all binary weights; empty without any."""
+        if not any(weight.numel() for weight in self.weights):
             return {}
         return {"saturation": share_above(self.weights, self.limit)}
 

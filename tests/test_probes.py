@@ -117,12 +117,26 @@ def test_flip_ratio_counts_on_after_a_save():
     assert second.epoch()["flip_ratio"] == (4 + 1) / 8
 
 
-def test_probes_without_binary_weights_give_no_column():
-    for make in EVERY.values():
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_probes_without_binary_weights_give_no_column(make):
+    for model in (nn.Linear(2, 2), layers.BinaryLinear(0, 3, weight_quantizer=ste_sign)):
         probe = make()
-        probe.start(nn.Linear(2, 2))
+        probe.start(model)
         probe.step()
         assert probe.epoch() == {}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_weights_beside_others_flips_nothing():
+    model = nn.Sequential(*(layers.BinaryLinear(n, 2, weight_quantizer=ste_sign) for n in (0, 1)))
+    probe = probes.FlipRatio(per_layer=True, per_step=True)
+    probe.start(model)
+    with torch.no_grad():
+        model[1].weight[0].neg_()
+    probe.step()
+    assert probe.history().tolist() == [[0, 0.5]]
+    assert probe.epoch() == {"flip_ratio": 0.5, "flip_ratio/0": 0, "flip_ratio/1": 0.5}
 
 
 @pytest.mark.parametrize("name", EVERY)
