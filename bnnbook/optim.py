@@ -177,8 +177,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore buffers and rates; buffers of half-precision weights stay in float32.
 
-        Raises ValueError, before anything is changed, for a state whose groups lack a number of
-        this optimizer's, as those of another kind may.
+        Raises ValueError, before anything is changed, for a state whose groups lack a number, or
+        whose weights lack a buffer, of this optimizer's, as those of another kind may.
         """
         # torch adds keys to the defaults that no group has
         own = set(self.defaults).intersection(*self.param_groups)
@@ -186,6 +186,12 @@ class FlipOptimizer(torch.optim.Optimizer):
         if missing:
             raise ValueError(f"this is no state of {type(self).__name__}: its groups have no "
                              f"{', '.join(sorted(missing))}")  # fmt: skip
+        for group in state_dict["param_groups"]:
+            kept = [state_dict["state"].get(index, {}).keys() for index in group["params"]]
+            absent = set(self.buffers(group)).difference(*filter(None, kept))
+            if absent and any(kept):
+                raise ValueError(f"this is no state of {type(self).__name__}: its weights have no "
+                                 f"{', '.join(sorted(absent))}")  # fmt: skip
         super().load_state_dict(state_dict)  # which casts each buffer to its weight's type
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():

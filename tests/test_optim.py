@@ -1289,6 +1289,26 @@ def test_the_state_of_another_kind_of_optimizer_is_refused():
     assert averages.param_groups[0]["gamma"] == 0.2
 
 
+def test_a_state_whose_weights_lack_a_buffer_is_refused_before_anything_changes():
+    """Latent weights have all the rates of a cascaded EMA, and only one of its buffers."""
+    latent = optim.LatentSGD([nn.Parameter(torch.randn(4))], lr=0.1, gamma=0.2)
+    filtered = optim.CascadedEMA([nn.Parameter(torch.randn(4))], alpha=0.3, gamma=0.4)
+    for optimizer in (latent, filtered):
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    before = copy.deepcopy(filtered.state_dict())
+    with pytest.raises(ValueError, match="of CascadedEMA: its weights have no filtered_gradient"):
+        filtered.load_state_dict(latent.state_dict())
+    after = filtered.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][0][k], v) for k, v in before["state"][0].items())
+    # a state of before the first step has no buffers yet, and is taken
+    fresh = optim.CascadedEMA([nn.Parameter(torch.randn(4))], alpha=0.5, gamma=0.6)
+    filtered.load_state_dict(fresh.state_dict())
+    assert filtered.param_groups[0]["lr"] == 0.5
+
+
 @pytest.mark.parametrize("make", [lambda w: optim.Bop([w], gamma=0.1, threshold=0.0),
                                   lambda w: optim.LatentSGD([w], lr=0.1)])  # fmt: skip
 def test_a_state_can_be_loaded_again_and_into_a_copy(make):
