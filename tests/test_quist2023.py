@@ -141,6 +141,7 @@ def test_a_decay_starts_at_one_and_never_rises(name):
         "exponential": (1e-3**0.5, 1e-3),
         "slow-exponential": (0.1**0.5, 0.1),
         "early-cosine": (1e-6, 1e-6),
+        "stopped-exponential": (0.1**0.5, 0),
     }
     assert (factor(0.5), values[-1]) == pytest.approx(middle_and_end[name], abs=1e-12)
 
@@ -162,6 +163,12 @@ def test_an_early_cosine_is_a_cosine_in_less_time():
     assert [early(0.36 * u) for u in (0.25, 0.5, 0.75)] == pytest.approx(
         [cosine(u) for u in (0.25, 0.5, 0.75)]
     )
+
+
+def test_a_stopped_exponential_is_a_slow_one_until_its_last_tenth():
+    stopped, slow = (quist2023.DECAYS[f"{name}-exponential"] for name in ("stopped", "slow"))
+    assert all(stopped(u) == slow(u) for u in np.linspace(0, 0.89, 90))
+    assert stopped(0.95) == pytest.approx(slow(0.95) / 2)
 
 
 def test_restarts_are_four_cosines_in_a_row():

@@ -73,6 +73,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
     # The same two shapes with their freeze points about exchanged, in ten epochs of CIFAR-10
     "slow-exponential": lambda u: 0.1**u,
     "early-cosine": lambda u: max(cosine(min(u / 0.36, 1)), 1e-6),  # rates are above 0
+    "stopped-exponential": lambda u: 0.1**u * min(1, 10 * (1 - u)),  # to 0 in the last tenth
 }
 
 
