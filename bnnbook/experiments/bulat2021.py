@@ -275,7 +275,8 @@ def firing(model: nn.Module, dataset: data.Dataset, preprocess: Callable) -> Ten
     seen = labels.sum(0).clamp(min=1)
     counts = [one_hot(torch.cat(chosen[layer]), layer.experts).double().T @ labels / seen
               for layer in layers]  # fmt: skip
-    return torch.stack(counts).cpu() if counts else labels.new_zeros(0, 1, labels.shape[1]).cpu()
+    fractions = torch.stack(counts) if counts else labels.new_zeros(0, 1, labels.shape[1])
+    return fractions.cpu()
 
 
 def experts_used(fires: Tensor) -> np.ndarray:
