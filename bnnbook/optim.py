@@ -178,7 +178,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         """Restore buffers and rates; buffers of half-precision weights stay in float32.
 
         Raises ValueError, before anything is changed, for a state whose groups lack a number, or
-        whose weights lack a buffer, of this optimizer's, as those of another kind may.
+        none of whose weights has a buffer, of this optimizer's, as those of another kind may.
         """
         # torch adds keys to the defaults that no group has
         own = set(self.defaults).intersection(*self.param_groups)
@@ -622,7 +622,8 @@ class RankedFlips(FlipOptimizer):
 
     @staticmethod
     def buffers(group: dict) -> tuple[str, ...]:
-        """Name the buffers that the evidence takes."""
+        """Name the buffers that the evidence takes; raise ValueError for an unknown one."""
+        _check_evidence(group["evidence"])
         return RankedFlips.BUFFERS[group["evidence"]]
 
     @staticmethod
@@ -636,7 +637,6 @@ class RankedFlips(FlipOptimizer):
     @staticmethod
     def rates(group: dict) -> tuple:
         """Return the fraction as it is in this step, the evidence and the averages' rates."""
-        _check_evidence(group["evidence"])
         averages = _in_bounds(group, "alpha"), _in_bounds(group, "gamma")
         return _in_bounds(group, "lr"), group["evidence"], *averages
 

@@ -60,7 +60,7 @@ class FlipRatio(_OfWeights):
     half of all weights, which a figure may have to leave out.
     """
 
-    flips = recorded = length = _SetByStart()
+    flips = recorded = length = sizes = _SetByStart()
 
     def __init__(self, per_layer: bool = False, per_step: bool = False):
         self.per_layer, self.per_step = per_layer, per_step

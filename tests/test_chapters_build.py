@@ -412,7 +412,7 @@ def decoded_png(encoded):
 
 
 def shades(count):
-    """A picture of `count` shades of two hues and 240 x 240 pixels, each within 1 of a grid's."""
+    """A picture of two hues and 240 x 240 pixels: `count` shades, and each of them 1 lighter."""
     noise = np.random.default_rng(0).integers(0, 2, (240, 240))
     grid = np.linspace(0, 250, count // 2).round()[np.arange(240) * (count // 2) // 240]
     grey = np.broadcast_to(grid, (240, 240)) + noise
@@ -437,6 +437,16 @@ def test_a_figure_of_many_colours_stays_as_drawn():
     assert chapters._with_palette(encoded_png(many)) == encoded_png(many)
     ramp = np.stack(np.broadcast_arrays(np.arange(120), np.arange(120)[:, None], 128), -1)
     assert chapters._with_palette(encoded_png(ramp)) == encoded_png(ramp)
+
+
+def test_a_figure_that_rgb_does_not_hold_stays_as_drawn():
+    veil = np.dstack([shades(80), np.full((240, 240), 254)])
+    deep = io.BytesIO()
+    Image.fromarray(np.arange(57600, dtype=np.uint16).reshape(240, 240)).save(deep, "png")
+    for encoded in (encoded_png(veil), base64.b64encode(deep.getvalue()).decode() + "\n"):
+        assert chapters._with_palette(encoded) == encoded
+    solid = np.dstack([shades(80), np.full((240, 240), 255)])
+    assert decoded_png(chapters._with_palette(encoded_png(solid))).mode == "P"
 
 
 def test_a_palette_that_makes_the_file_larger_is_not_taken():

@@ -1289,6 +1289,15 @@ def test_the_state_of_another_kind_of_optimizer_is_refused():
     assert averages.param_groups[0]["gamma"] == 0.2
 
 
+def test_a_state_of_an_unknown_evidence_is_refused():
+    ranked = optim.RankedFlips([nn.Parameter(torch.ones(2))], fraction=0.5)
+    state = copy.deepcopy(ranked.state_dict())
+    state["param_groups"][0]["evidence"] = "third"
+    with pytest.raises(ValueError, match="unknown evidence 'third'; known: gradient, first"):
+        ranked.load_state_dict(state)
+    assert ranked.param_groups[0]["evidence"] == "second"
+
+
 def test_a_state_whose_weights_lack_a_buffer_is_refused_before_anything_changes():
     """Latent weights have all the rates of a cascaded EMA, and only one of its buffers."""
     latent = optim.LatentSGD([nn.Parameter(torch.randn(4))], lr=0.1, gamma=0.2)

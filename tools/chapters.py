@@ -248,7 +248,10 @@ def _with_palette(encoded: str) -> str:
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if image.mode == "P":  # done before
+    opaque = image.mode == "RGB" or (
+        image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+    )
+    if not opaque:  # done before, or of a kind that RGB does not hold
         return encoded
     drawn = image.convert("RGB")
     for colours in PALETTES:
